@@ -1,0 +1,1 @@
+"""Raw datasets: reading, checking, merging. NumPy and image readers only, never torch."""

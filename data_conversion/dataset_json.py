@@ -1,0 +1,340 @@
+"""nnMosaic's keys of ``dataset.json``, validated when read.
+
+``partial_labels`` says what each source of a merged dataset annotates
+(methods/self_disambiguation.md, 6.2); ``subjects`` maps cases to people. This is the only module
+that knows how the keys are written down. It does not read images.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nnmosaic.data_conversion.atomic_write import read_json
+from nnmosaic.data_conversion.errors import InputError
+
+BACKGROUND = "background"
+IGNORE = "ignore"
+
+
+@dataclass(frozen=True)
+class SourceLabels:
+    """What one source annotates, in label names.
+
+    Attributes
+    ----------
+    source : str
+        Name of the source.
+    annotated : tuple of str
+        Classes that the source annotates one by one, wherever they occur.
+    merged : mapping of str to tuple of str
+        Name of the label whose integer the files hold -> the classes whose union it means.
+    """
+
+    source: str
+    annotated: tuple[str, ...]
+    merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def representatives(self, labels: Mapping[str, int]) -> tuple[int, ...]:
+        """Return, for every class integer, the integer that this source stores for it.
+
+        Index = class; 0 for the background and for every class that the source does not annotate.
+        """
+        stored = [0] * len(labels)
+        for name in self.annotated:
+            stored[labels[name]] = labels[name]
+        for name, members in self.merged.items():
+            for member in members:
+                stored[labels[member]] = labels[name]
+        return tuple(stored)
+
+    def is_complete(self, labels: Mapping[str, int]) -> bool:
+        """Return whether every class has its own label in this source."""
+        return self.representatives(labels) == tuple(range(len(labels)))
+
+
+COMPLETE_SOURCE = "complete"
+
+
+@dataclass(frozen=True)
+class PartialLabels:
+    """Which source every case belongs to, and what that source annotates."""
+
+    sources: Mapping[str, SourceLabels]
+    patterns: Mapping[str, str]
+    cases: Mapping[str, str]
+    overrides: Mapping[str, SourceLabels]
+    unmatched_is_complete: bool = False
+
+    def of_case(self, case: str, labels: Mapping[str, int]) -> SourceLabels:
+        """Return what was annotated in ``case``: override, then case list, then pattern.
+
+        Raises
+        ------
+        InputError
+            If no source, or more than one, claims the case.
+        """
+        source = self._source_of(case)
+        if case in self.overrides:
+            return replace(self.overrides[case], source=source or COMPLETE_SOURCE)
+        if source is not None:
+            return self.sources[source]
+        if self.unmatched_is_complete:
+            return complete(labels)
+        raise InputError(
+            f"dataset.json: case {case!r} belongs to no source of partial_labels. Add it to a source's "
+            '"cases" or "pattern", or set "unmatched": "complete" if all classes are annotated in it.'
+        )
+
+    def _source_of(self, case: str) -> str | None:
+        if case in self.cases:
+            return self.cases[case]
+        matches = [name for name, pattern in self.patterns.items() if re.search(pattern, case)]
+        if len(matches) > 1:
+            raise InputError(
+                f"dataset.json: case {case!r} matches the patterns of several sources "
+                f"({', '.join(matches)}). Make the patterns exclusive, or list the case."
+            )
+        return matches[0] if matches else None
+
+
+@dataclass(frozen=True)
+class DatasetJson:
+    """The part of ``dataset.json`` that nnMosaic acts on.
+
+    Attributes
+    ----------
+    labels : dict of str to int
+        Name -> integer of background and classes, consecutive from 0; empty with ``has_regions``.
+    ignore_label : int or None
+        Integer of unannotated voxels.
+    has_regions : bool
+        Whether nnU-Net's overlapping regions are declared instead of exclusive classes.
+    subjects : dict of str to str
+        Case -> person. A case that is not listed is a person of its own.
+    """
+
+    channel_names: Mapping[str, str]
+    labels: Mapping[str, int]
+    ignore_label: int | None
+    file_ending: str
+    has_regions: bool
+    subjects: Mapping[str, str]
+    partial_labels: PartialLabels | None
+    content: Mapping[str, Any]
+
+    @property
+    def foreground(self) -> tuple[str, ...]:
+        """Names of the classes, without the background, in the order of their integers."""
+        return tuple(
+            sorted((n for n in self.labels if n != BACKGROUND), key=self.labels.__getitem__)
+        )
+
+    def source_of(self, case: str) -> SourceLabels:
+        """Return the source of ``case``; everything is annotated when nothing is declared."""
+        if self.partial_labels is None:
+            return complete(self.labels)
+        return self.partial_labels.of_case(case, self.labels)
+
+    def sources(self) -> tuple[SourceLabels, ...]:
+        """Return the declared sources, or one complete source."""
+        if self.partial_labels is None:
+            return (complete(self.labels),)
+        return tuple(self.partial_labels.sources.values())
+
+    def legal_values(self, case: str) -> frozenset[int] | None:
+        """Return the integers that the label file of ``case`` may hold; None: not restricted."""
+        if self.has_regions:
+            return None
+        values = set(self.source_of(case).representatives(self.labels)) | {0}
+        return frozenset(values if self.ignore_label is None else values | {self.ignore_label})
+
+    def subject_of(self, case: str) -> str:
+        """Return the person that ``case`` shows."""
+        return self.subjects.get(case, case)
+
+
+def complete(labels: Mapping[str, int]) -> SourceLabels:
+    """Return a source that annotates every class."""
+    return SourceLabels(COMPLETE_SOURCE, tuple(name for name in labels if name != BACKGROUND))
+
+
+def read_dataset_json(folder: Path) -> DatasetJson:
+    """Read and validate ``folder / "dataset.json"``."""
+    path = folder / "dataset.json"
+    return parse_dataset_json(read_json(path), where=str(path))
+
+
+def parse_dataset_json(content: Any, *, where: str = "dataset.json") -> DatasetJson:
+    """Validate the content of a ``dataset.json``.
+
+    Parameters
+    ----------
+    content : dict
+        As read from the file; kept, not changed.
+    where : str
+        What error messages call the file.
+
+    Raises
+    ------
+    InputError
+        If a key is missing, or what it says cannot be meant.
+    """
+    if not isinstance(content, dict):
+        raise InputError(f"{where} must hold a JSON object, got {type(content).__name__}.")
+    channels = content.get("channel_names", content.get("modality"))
+    if not isinstance(channels, dict) or not channels:
+        raise InputError(f'{where} has no "channel_names", for example {{"0": "T1"}}. Add them.')
+    ending = content.get("file_ending")
+    if not isinstance(ending, str) or not ending.startswith("."):
+        raise InputError(f'{where} has no "file_ending", for example ".nii.gz". Add it.')
+    labels, ignore_label, has_regions = _parse_labels(content.get("labels"), where)
+    declared = content.get("partial_labels")
+    if declared is not None and has_regions:
+        raise InputError(
+            f"{where}: partial_labels needs exclusive classes, but labels hold overlapping regions. "
+            'Say what a source merges in its "merged" entry instead.'
+        )
+    return DatasetJson(
+        channel_names={str(k): str(v) for k, v in channels.items()},
+        labels=labels,
+        ignore_label=ignore_label,
+        file_ending=ending,
+        has_regions=has_regions,
+        subjects=_parse_subjects(content.get("subjects"), where),
+        partial_labels=None if declared is None else _parse_partial(declared, labels, where),
+        content=content,
+    )
+
+
+def partial_labels_content(
+    cases: Mapping[str, Iterable[str]], sources: Iterable[SourceLabels]
+) -> Any:
+    """Return the JSON value of ``partial_labels`` for sources with explicit case lists."""
+    content: dict[str, Any] = {}
+    for source in sources:
+        content[source.source] = {
+            "cases": sorted(cases[source.source]),
+            "annotated": list(source.annotated),
+        }
+        if source.merged:
+            content[source.source]["merged"] = {k: list(v) for k, v in source.merged.items()}
+    return {"sources": content, "unmatched": "error"}
+
+
+def _parse_labels(labels: Any, where: str) -> tuple[dict[str, int], int | None, bool]:
+    if not isinstance(labels, dict) or labels.get(BACKGROUND) != 0:
+        raise InputError(f'{where}: "labels" must map names to integers, with "background": 0.')
+    classes = {str(name): value for name, value in labels.items() if name != IGNORE}
+    if len(classes) < 2:
+        raise InputError(
+            f"{where}: labels name no class besides the background. Nothing can be learnt."
+        )
+    if any(isinstance(value, list) for value in classes.values()):
+        return {}, labels.get(IGNORE), True
+    if not all(type(value) is int for value in labels.values()):
+        raise InputError(f"{where}: every label must be an integer, got {labels}.")
+    if sorted(labels.values()) != list(range(len(labels))):
+        raise InputError(
+            f"{where}: label integers must be 0, 1, 2, ... without gaps or repeats, got "
+            f"{sorted(labels.values())}."
+        )
+    if IGNORE in labels and labels[IGNORE] != len(labels) - 1:
+        raise InputError(f'{where}: "ignore" must be the highest label ({len(labels) - 1}).')
+    return classes, labels.get(IGNORE), False
+
+
+def _parse_subjects(subjects: Any, where: str) -> dict[str, str]:
+    if subjects is None:
+        return {}
+    if not isinstance(subjects, dict):
+        raise InputError(f'{where}: "subjects" must map case names to subject names.')
+    return {str(case): str(subject) for case, subject in subjects.items()}
+
+
+def _parse_partial(declared: Any, labels: Mapping[str, int], where: str) -> PartialLabels:
+    if not isinstance(declared, dict) or not isinstance(declared.get("sources"), dict):
+        raise InputError(f'{where}: "partial_labels" must be an object with "sources".')
+    if declared.get("unmatched", "error") not in ("error", "complete"):
+        raise InputError(f'{where}: "unmatched" must be "error" or "complete".')
+    sources: dict[str, SourceLabels] = {}
+    patterns: dict[str, str] = {}
+    cases: dict[str, str] = {}
+    for name, entry in declared["sources"].items():
+        here = f"{where}: source {name!r}"
+        sources[name] = _parse_source(name, entry, labels, here)
+        if "pattern" not in entry and "cases" not in entry:
+            raise InputError(f'{here} says neither by "cases" nor by "pattern" which cases it has.')
+        if "pattern" in entry:
+            patterns[name] = _checked_pattern(entry["pattern"], here)
+        for case in entry.get("cases", ()):
+            if case in cases:
+                raise InputError(f"{here} and source {cases[case]!r} both list case {case!r}.")
+            cases[case] = name
+    result = PartialLabels(
+        sources=sources,
+        patterns=patterns,
+        cases=cases,
+        overrides={
+            case: _parse_source(case, entry, labels, f"{where}: case {case!r}")
+            for case, entry in declared.get("cases", {}).items()
+        },
+        unmatched_is_complete=declared.get("unmatched") == "complete",
+    )
+    _refuse_unlearnable(result, labels, where)
+    return result
+
+
+def _checked_pattern(pattern: str, where: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(
+            f"{where}: pattern {pattern!r} is no regular expression ({error})."
+        ) from None
+    return pattern
+
+
+def _parse_source(name: str, entry: Any, labels: Mapping[str, int], where: str) -> SourceLabels:
+    if not isinstance(entry, dict) or "annotated" not in entry:
+        raise InputError(f'{where} must say what is "annotated": "all" or a list of class names.')
+    merged = {key: tuple(members) for key, members in entry.get("merged", {}).items()}
+    in_groups = [member for members in merged.values() for member in members]
+    if entry["annotated"] == "all":
+        annotated = tuple(n for n in labels if n != BACKGROUND and n not in in_groups)
+    else:
+        annotated = tuple(entry["annotated"])
+    for label in (*annotated, *in_groups, *merged):
+        if label not in labels or label == BACKGROUND:
+            raise InputError(
+                f"{where} names the unknown class {label!r}. Known: {', '.join(labels)}."
+            )
+    claimed = [*annotated, *in_groups]
+    twice = sorted({label for label in claimed if claimed.count(label) > 1})
+    if twice:
+        raise InputError(
+            f"{where} has the class {twice[0]!r} in two groups. A class belongs to one."
+        )
+    for key, members in merged.items():
+        if key not in members or len(members) < 2:
+            raise InputError(
+                f"{where}: merged label {key!r} must be one of at least two members, got {list(members)}."
+            )
+    return SourceLabels(name, annotated, merged)
+
+
+def _refuse_unlearnable(partial: PartialLabels, labels: Mapping[str, int], where: str) -> None:
+    """Refuse two classes (background included) that no source tells apart (6.5, pitfall 2)."""
+    sources = [*partial.sources.values(), *partial.overrides.values()]
+    if partial.unmatched_is_complete or not sources:
+        return
+    tables = [source.representatives(labels) for source in sources]
+    names = sorted(labels, key=labels.__getitem__)
+    for j, name in enumerate(names):
+        for i, other in enumerate(names[:j]):
+            if all(table[i] == table[j] for table in tables):
+                raise InputError(
+                    f"{where}: no source tells {name!r} from {other!r}, so it cannot be learnt. "
+                    "Remove the class, or add a source that annotates it."
+                )

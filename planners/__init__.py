@@ -1,0 +1,1 @@
+"""Fingerprint, plans, preprocessing and folds: from a raw dataset to data a trainer can read."""

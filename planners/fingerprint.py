@@ -1,0 +1,108 @@
+"""Dataset fingerprint: nnU-Net's numbers, with every case checked in the same reading."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from nnmosaic.data_conversion.case_check import read_image, read_label, reader_of
+from nnmosaic.data_conversion.dataset_json import DatasetJson
+from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.data_conversion.raw_dataset import Case
+from nnmosaic.planners.worker_pool import run_cases
+
+NUM_INTENSITY_SAMPLES = 10e7
+"""Foreground voxels sampled in the whole dataset, as nnU-Net does."""
+
+
+def extract_fingerprint(
+    cases: Sequence[Case],
+    dataset: DatasetJson,
+    pool: ProcessPoolExecutor,
+    *,
+    on_case: Callable[[str], None],
+) -> dict[str, Any]:
+    """Return the content of ``dataset_fingerprint.json``, equal to nnU-Net's.
+
+    Parameters
+    ----------
+    on_case : callable
+        Called with the name of each finished case.
+
+    Raises
+    ------
+    InputError
+        If a case is broken (see `nnmosaic.data_conversion.case_check`), or no voxel is labelled.
+    """
+    num_samples = int(NUM_INTENSITY_SAMPLES // len(cases))
+    results = {}
+    arguments = {case.identifier: (case, dataset, num_samples) for case in cases}
+    for name, result in run_cases(pool, "analyse_case", arguments):
+        results[name] = result
+        on_case(name)
+    ordered = [results[case.identifier] for case in cases]
+    channels = range(len(ordered[0][2]))
+    return {
+        "spacings": [r[1] for r in ordered],
+        "shapes_after_crop": [r[0] for r in ordered],
+        "foreground_intensity_properties_per_channel": {
+            str(c): _intensity_properties([r[2][c] for r in ordered]) for c in channels
+        },
+        "median_relative_size_after_cropping": float(np.median([r[3] for r in ordered])),
+    }
+
+
+def analyse_case(
+    case: Case, dataset: DatasetJson, num_samples: int
+) -> tuple[tuple[int, ...], list[float], list[np.ndarray], float]:
+    """Check one case and return shape after cropping, spacing (mm), intensities and relative size.
+
+    Runs in a worker: nnU-Net's functions, imported here, import torch.
+    """
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import (
+        DatasetFingerprintExtractor,
+    )
+    from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+
+    reader = reader_of(dataset)
+    image, properties = read_image(case, reader, num_channels=len(dataset.channel_names))
+    legal = dataset.legal_values(case.identifier)
+    label = read_label(case, reader, image=image, properties=properties, legal=legal)
+    shape = image.shape[1:]
+    if not image.any():
+        raise InputError(
+            f"{case.images[0]} holds nothing but zeros. Restore it or remove the case."
+        )
+    cropped, label, _ = crop_to_nonzero(image, label)
+    intensities, _ = DatasetFingerprintExtractor.collect_foreground_intensities(
+        label, cropped, num_samples=num_samples
+    )
+    after = tuple(int(n) for n in cropped.shape[1:])
+    spacing = [float(s) for s in properties["spacing"]]
+    return (
+        after,
+        spacing,
+        [np.asarray(i, np.float32) for i in intensities],
+        np.prod(after) / np.prod(shape),
+    )
+
+
+def _intensity_properties(samples: list[np.ndarray]) -> dict[str, float]:
+    values = np.concatenate(samples)
+    if values.size == 0:
+        raise InputError("No case has a labelled voxel: labelsTr holds only background.")
+    with ThreadPoolExecutor(1) as pool:  # sorting 1e8 values takes as long as all the rest
+        percentiles = pool.submit(np.percentile, values, (0.5, 50.0, 99.5))
+        mean, deviation = float(np.mean(values)), float(np.std(values))
+        smallest, largest = float(np.min(values)), float(np.max(values))
+        low, median, high = (float(value) for value in percentiles.result())
+    return {
+        "mean": mean,
+        "median": median,
+        "std": deviation,
+        "min": smallest,
+        "max": largest,
+        "percentile_99_5": high,
+        "percentile_00_5": low,
+    }

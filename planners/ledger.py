@@ -1,0 +1,86 @@
+"""What has been preprocessed: one line per finished case, so that a killed run can go on.
+
+The file lies beside the data folder, because nnU-Net allows no foreign file within it. Its first
+line says what the arrays depend on and which cases belong to it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnmosaic.data_conversion.atomic_write import replacing
+from nnmosaic.data_conversion.raw_dataset import Case
+
+
+def ledger_path(data_folder: Path) -> Path:
+    """Return the ledger of a folder of preprocessed cases."""
+    return data_folder.with_name(f"{data_folder.name}_ledger.jsonl")
+
+
+def configuration_digest(plans: Mapping[str, Any], configuration: str, labels: Any) -> str:
+    """Return a digest of everything in the plans and labels that preprocessed arrays depend on."""
+    relevant = {
+        "configuration": plans["configurations"][configuration],
+        "inherited": plans["configurations"].get(
+            plans["configurations"][configuration].get("inherits_from")
+        ),
+        "intensities": plans["foreground_intensity_properties_per_channel"],
+        "transpose": plans["transpose_forward"],
+        "reader": plans["image_reader_writer"],
+        "labels": labels,
+    }
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+
+
+def signature(case: Case) -> str:
+    """Return what changes when a file of the case is replaced: names, sizes and times."""
+    files = [*case.images, *([case.label] if case.label else [])]
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+class Ledger:
+    """Record of the finished cases of one preprocessed configuration."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def finished(self, digest: str) -> dict[str, str]:
+        """Return case -> signature of the finished cases; none if the configuration has changed."""
+        header, cases = self._read()
+        return cases if header.get("digest") == digest else {}
+
+    def missing(self) -> list[str]:
+        """Return the cases that were announced but not finished; none where there is no ledger."""
+        header, cases = self._read()
+        return sorted(set(header.get("cases", ())) - set(cases))
+
+    def begin(self, digest: str, cases: Sequence[str], finished: Mapping[str, str]) -> None:
+        """Announce ``cases`` and keep the ``finished`` ones."""
+        with replacing(self.path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps({"digest": digest, "cases": sorted(cases)}) + "\n")
+            for case, sign in finished.items():
+                file.write(json.dumps({"case": case, "signature": sign}) + "\n")
+
+    def add(self, case: str, sign: str) -> None:
+        """Record that all files of a case are in place."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"case": case, "signature": sign}) + "\n")
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, str]]:
+        if not self.path.is_file():
+            return {}, {}
+        header: dict[str, Any] = {}
+        cases: dict[str, str] = {}
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines()):
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # the line that a kill cut off
+                continue
+            if number == 0:
+                header = entry
+            else:
+                cases[entry["case"]] = entry["signature"]
+        return header, cases

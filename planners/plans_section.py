@@ -1,0 +1,102 @@
+"""The ``nnmosaic`` section of a plans file: read and written here only.
+
+It holds what a trainer must know beyond nnU-Net's own plans. nnU-Net ignores the key.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from nnmosaic.data_conversion.errors import InputError
+
+SECTION = "nnmosaic"
+OPTIMIZERS = ("sgd", "adamw")
+_POSITIVE = (
+    "epochs", "iterations_per_epoch", "val_iterations_per_epoch", "batch_size", "initial_lr",
+    "time_budget",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run decides without a trainer subclass; None leaves nnU-Net's value.
+
+    Attributes
+    ----------
+    epochs, iterations_per_epoch, val_iterations_per_epoch : int, optional
+        nnU-Net: 1000, 250, 50.
+    batch_size : int, optional
+        Over all GPUs together. nnU-Net: from the plans.
+    optimizer : {"sgd", "adamw"}, optional
+        nnU-Net: SGD with Nesterov momentum 0.99.
+    initial_lr : float, optional
+        nnU-Net: 1e-2.
+    time_budget : float, optional
+        Minutes of training after which the schedule has reached its end, summed over resumed runs.
+    seed : int, optional
+        Seeds weights and sampling. Repeats a run exactly only with ``nnUNet_n_proc_DA=0``.
+    """
+
+    epochs: int | None = None
+    iterations_per_epoch: int | None = None
+    val_iterations_per_epoch: int | None = None
+    batch_size: int | None = None
+    optimizer: str | None = None
+    initial_lr: float | None = None
+    time_budget: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"--{name} must be greater than 0, got {value}.")
+        if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
+            raise InputError(f"--optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}.")
+
+    def given(self) -> dict[str, Any]:
+        """Return the settings that are not None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def over(self, other: "RunSettings") -> "RunSettings":
+        """Return these settings, filled up from ``other``."""
+        return replace(other, **self.given())
+
+
+@dataclass(frozen=True)
+class PlansSection:
+    """nnMosaic's section of the plans.
+
+    Attributes
+    ----------
+    budget : mapping
+        What the planner was asked to fit into, as given: "device", "memory_gb".
+    run_settings : RunSettings
+        The training that fits this budget. Flags of the train command go before it.
+    """
+
+    budget: Mapping[str, Any]
+    run_settings: RunSettings
+
+
+def read_section(plans: Mapping[str, Any]) -> PlansSection:
+    """Return nnMosaic's section; an empty one where the plans are nnU-Net's own.
+
+    Raises
+    ------
+    InputError
+        If the section holds a setting that does not exist.
+    """
+    section = plans.get(SECTION, {})
+    settings = section.get("run_settings", {})
+    unknown = sorted(set(settings) - {field.name for field in fields(RunSettings)})
+    if unknown:
+        raise InputError(
+            f'The plans hold the unknown setting "{SECTION}.run_settings.{unknown[0]}".'
+        )
+    return PlansSection(section.get("budget", {}), RunSettings(**settings))
+
+
+def write_section(plans: dict[str, Any], section: PlansSection) -> None:
+    """Put the section into ``plans``, in place."""
+    plans[SECTION] = {"budget": dict(section.budget), "run_settings": section.run_settings.given()}

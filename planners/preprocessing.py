@@ -1,0 +1,99 @@
+"""Preprocessing as a whole: what is left to do, and what is finished. Runs without torch.
+
+The work on one case is in `nnmosaic.planners.planning_worker`.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from nnmosaic.data_conversion.atomic_write import read_json, replacing
+from nnmosaic.data_conversion.dataset_json import DatasetJson
+from nnmosaic.data_conversion.raw_dataset import Case
+from nnmosaic.planners.ledger import Ledger, configuration_digest, ledger_path, signature
+from nnmosaic.planners.worker_pool import run_cases
+
+SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
+"""Files of one preprocessed case."""
+
+
+def data_identifier(plans: Mapping[str, Any], configuration: str) -> str:
+    """Return the name of the folder with the preprocessed data of a configuration."""
+    entry = plans["configurations"][configuration]
+    while "data_identifier" not in entry:
+        entry = plans["configurations"][entry["inherits_from"]]
+    return str(entry["data_identifier"])
+
+
+def preprocess_configuration(
+    cases: Sequence[Case],
+    dataset: DatasetJson,
+    plans_file: Path,
+    configuration: str,
+    pool: ProcessPoolExecutor,
+    *,
+    on_case: Callable[[str], None],
+) -> int:
+    """Preprocess the cases that are not yet done and return their number.
+
+    Arrays equal those of ``nnUNetv2_preprocess`` bit for bit. Each case appears in the data folder
+    when all its files are written, and only then enters the ledger.
+
+    Parameters
+    ----------
+    plans_file : Path
+        In the dataset's folder of ``nnUNet_preprocessed``; the data folder lies beside it.
+    on_case : callable
+        Called with the name of each finished case.
+    """
+    plans = read_json(plans_file)
+    identifier = data_identifier(plans, configuration)
+    folder = plans_file.parent / identifier
+    ledger = Ledger(ledger_path(folder))
+    digest = configuration_digest(plans, configuration, dataset.content["labels"])
+    signatures = {case.identifier: signature(case) for case in cases}
+    finished = {
+        name: sign
+        for name, sign in ledger.finished(digest).items()
+        if signatures.get(name) == sign and all((folder / f"{name}{s}").is_file() for s in SUFFIXES)
+    }
+    _remove_all_but(folder, finished)
+    ledger.begin(digest, list(signatures), finished)
+    scratch = folder.with_name(f".{identifier}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    todo = {c.identifier: c for c in cases if c.identifier not in finished}
+    arguments = {
+        name: (case, str(plans_file), configuration, dataset.content, str(scratch), str(folder))
+        for name, case in todo.items()
+    }
+    try:
+        for name, _ in run_cases(pool, "preprocess_case", arguments):
+            ledger.add(name, signatures[name])
+            on_case(name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return len(todo)
+
+
+def copy_references(cases: Sequence[Case], folder: Path, file_ending: str) -> None:
+    """Copy new or changed label files to ``folder`` (``gt_segmentations``), for the final validation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        target = folder / f"{case.identifier}{file_ending}"
+        if case.label is None:
+            continue
+        if not target.is_file() or target.stat().st_mtime_ns != case.label.stat().st_mtime_ns:
+            with replacing(target) as temporary:
+                shutil.copy2(case.label, temporary)
+
+
+def _remove_all_but(folder: Path, finished: Mapping[str, str]) -> None:
+    """Delete what the ledger does not vouch for: half a case, or a case that left the dataset."""
+    folder.mkdir(parents=True, exist_ok=True)
+    keep = {f"{name}{suffix}" for name in finished for suffix in SUFFIXES}
+    for path in folder.iterdir():
+        if path.name not in keep:
+            path.unlink()

@@ -1,0 +1,387 @@
+"""nnUNetTrainerMosaic: plain nnU-Net with run settings, safe checkpoints and masked validation.
+
+Methods override two hooks of `train_step`: what a label means (`segmentation_loss`) and which terms
+come on top (`auxiliary_losses`). With neither, weights and losses equal nnU-Net's bit for bit.
+"""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor
+from torch._dynamo import OptimizedModule
+
+from nnmosaic.data_conversion.atomic_write import replacing, write_json
+from nnmosaic.data_conversion.dataset_json import DatasetJson, parse_dataset_json
+from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.planners.plans_section import RunSettings, read_section
+from nnmosaic.planners.splits import ensure_splits
+from nnmosaic.trainers.checkpoint import EXTRA, read_checkpoint
+from nnmosaic.trainers.masked_evaluation import evaluate_folder
+
+GRADIENT_NORM_LIMIT = 12
+"""nnU-Net's."""
+
+Logits = Tensor | list[Tensor]
+
+
+class TrainingStoppedError(RuntimeError):
+    """The training was asked to stop (SIGTERM); a checkpoint has been written."""
+
+
+class BudgetedPolyLRScheduler(PolyLRScheduler):
+    """nnU-Net's polynomial schedule, which also ends when a time budget does.
+
+    Parameters
+    ----------
+    progress : callable
+        Returns the spent fraction of the time budget, in [0, 1].
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        initial_lr: float,
+        max_steps: int,
+        progress: Callable[[], float],
+    ) -> None:
+        self.progress = progress
+        super().__init__(optimizer, initial_lr, max_steps)
+
+    def step(self, current_step: float | None = None) -> None:
+        """Set the learning rate of an epoch, or of the moment if time runs faster."""
+        if current_step is not None and current_step >= 0:
+            current_step = max(current_step, min(1.0, self.progress()) * self.max_steps)
+        super().step(current_step)
+
+
+class nnUNetTrainerMosaic(nnUNetTrainer):
+    """Base of all trainers; by itself plain nnU-Net.
+
+    Parameters
+    ----------
+    plans, configuration, fold, dataset_json, device
+        As in nnU-Net, whose base class looks the parameters up by these names. ``plans`` must hold
+        "continue_training" and is not changed.
+    """
+
+    seconds_between_checkpoints: float = 600.0
+    adamw_initial_lr: float = 1e-3
+    """AdamW's rate where neither the plans nor the command give one (as nnU-Net's Adam variants)."""
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - the signature is nnU-Net's
+    ) -> None:
+        super().__init__(dict(plans), configuration, fold, dataset_json, device)
+        self.dataset: DatasetJson = parse_dataset_json(dataset_json)
+        self.run_settings: RunSettings = read_section(plans).run_settings
+        self._seconds_before = 0.0
+        self._started: float | None = None
+        self._last_checkpoint = time.monotonic()
+        self._stop_requested = False
+
+    # ---------------------------------------------------------------- run settings
+
+    def initialize(self) -> None:
+        """Apply the run settings, then initialise as nnU-Net does."""
+        settings = self.run_settings
+        self.num_epochs = settings.epochs or self.num_epochs
+        self.num_iterations_per_epoch = (
+            settings.iterations_per_epoch or self.num_iterations_per_epoch
+        )
+        self.num_val_iterations_per_epoch = (
+            settings.val_iterations_per_epoch or self.num_val_iterations_per_epoch
+        )
+        if settings.optimizer == "adamw":
+            self.initial_lr = self.adamw_initial_lr
+        self.initial_lr = settings.initial_lr or self.initial_lr
+        if settings.batch_size is not None:
+            self.configuration_manager.configuration["batch_size"] = settings.batch_size
+        if settings.seed is not None:
+            random.seed(settings.seed)
+            np.random.seed(settings.seed)
+            torch.manual_seed(settings.seed)
+        super().initialize()
+        if settings.given():
+            self.print_to_log_file(f"Run settings: {settings.given()}")
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+        """Return optimizer and schedule; without settings nnU-Net's."""
+        optimizer, scheduler = super().configure_optimizers()
+        if self.run_settings.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(
+                self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay
+            )
+            scheduler = PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+        if self.run_settings.time_budget is not None:
+            scheduler = BudgetedPolyLRScheduler(
+                optimizer, self.initial_lr, self.num_epochs, self._spent_budget
+            )
+        return optimizer, scheduler
+
+    def _seconds_trained(self) -> float:
+        now = 0.0 if self._started is None else time.monotonic() - self._started
+        return self._seconds_before + now
+
+    def _spent_budget(self) -> float:
+        """Return the spent fraction of the time budget; 0 without one."""
+        budget = self.run_settings.time_budget
+        return 0.0 if budget is None else self._seconds_trained() / (60 * budget)
+
+    # ---------------------------------------------------------------- training loop
+
+    def run_training(self) -> None:
+        """Train to the last epoch, or until the time budget has no room for another one.
+
+        Raises
+        ------
+        TrainingStoppedError
+            On SIGTERM, after a checkpoint was written.
+        """
+        self.on_train_start()
+        self._started = self._last_checkpoint = time.monotonic()
+        with self._noticing_sigterm():
+            while self.current_epoch < self.num_epochs and self._spent_budget() < 1:
+                self.on_epoch_start()
+                self.on_train_epoch_start()
+                batches = self._batches(self.dataloader_train, self.num_iterations_per_epoch)
+                self.on_train_epoch_end([self.train_step(batch) for batch in batches])
+                with torch.no_grad():
+                    self.on_validation_epoch_start()
+                    batches = self._batches(self.dataloader_val, self.num_val_iterations_per_epoch)
+                    self.on_validation_epoch_end([self.validation_step(batch) for batch in batches])
+                self.on_epoch_end()
+        self.on_train_end()
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Make one optimisation step, as nnU-Net does, on the sum of all loss terms."""
+        data = batch["data"].to(self.device, non_blocking=True)
+        target = self._to_device(batch["target"])
+        self.optimizer.zero_grad(set_to_none=True)
+        # nnU-Net uses autocast on CUDA only: it is slow or missing elsewhere.
+        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+            logits = self.network(data)
+            loss = self.segmentation_loss(logits, target, batch)
+            terms = self.auxiliary_losses({**batch, "data": data, "target": target}, logits)
+            for term in terms.values():
+                loss = loss + term
+        self._optimise(loss)
+        values = {name: term.detach().cpu().numpy() for name, term in terms.items()}
+        return {"loss": loss.detach().cpu().numpy(), **values}
+
+    def segmentation_loss(
+        self, logits: Logits, target: Tensor | list[Tensor], batch: dict[str, Any]
+    ) -> Tensor:
+        """Return what the labels say about the logits: the hook for another meaning of labels.
+
+        Parameters
+        ----------
+        logits, target : Tensor or list of Tensor
+            Shapes (B, C, *spatial) and (B, 1, *spatial); with deep supervision lists, full resolution
+            first.
+        batch : dict
+            As the data loader made it: "keys" are the case identifiers of the samples.
+        """
+        return self.loss(logits, target)  # type: ignore[no-any-return]
+
+    def auxiliary_losses(self, batch: dict[str, Any], logits: Logits) -> dict[str, Tensor]:
+        """Return further, weighted loss terms by name: the hook for extra passes and regularisers.
+
+        Parameters
+        ----------
+        batch : dict
+            "data" and "target" are on the device.
+        """
+        return {}
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Log the auxiliary terms beside nnU-Net's loss."""
+        super().on_train_epoch_end(train_outputs)
+        for name in train_outputs[0]:
+            if name != "loss":
+                value = np.mean([output[name] for output in train_outputs])
+                self.print_to_log_file(f"{name} {np.round(value, decimals=4)}")
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        """Count an epoch that saw no labelled and no predicted voxel as Dice 0.
+
+        NaN would stay in nnU-Net's moving average for good, and no best checkpoint would be kept.
+        """
+        counts = ("tp_hard", "fp_hard", "fn_hard")
+        if not any(np.any(output[name]) for output in val_outputs for name in counts):
+            val_outputs = [{**output, "fn_hard": output["fn_hard"] + 1} for output in val_outputs]
+        with np.errstate(invalid="ignore"):
+            super().on_validation_epoch_end(val_outputs)
+
+    def on_epoch_end(self) -> None:
+        """Write checkpoint_latest also whenever the last one is ten minutes old."""
+        every = self.save_every
+        if time.monotonic() - self._last_checkpoint > self.seconds_between_checkpoints:
+            self.save_every = 1
+        super().on_epoch_end()
+        self.save_every = every
+
+    def _to_device(self, target: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        if isinstance(target, list):
+            return [level.to(self.device, non_blocking=True) for level in target]
+        return target.to(self.device, non_blocking=True)
+
+    def _optimise(self, loss: Tensor) -> None:
+        if self.grad_scaler is not None:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM_LIMIT)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM_LIMIT)
+            self.optimizer.step()
+
+    # ---------------------------------------------------------------- stopping and resuming
+
+    @contextmanager
+    def _noticing_sigterm(self) -> Iterator[None]:
+        """Turn SIGTERM into a request that is met between two iterations.
+
+        Installed only now: data loader workers, forked before, must still die of SIGTERM.
+        """
+
+        def request(*_: object) -> None:
+            self._stop_requested = True
+
+        before = signal.signal(signal.SIGTERM, request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _batches(self, loader: Iterator[dict[str, Any]], number: int) -> Iterator[dict[str, Any]]:
+        for _ in range(number):
+            if self._stop_requested:
+                self._stop()
+            yield next(loader)
+
+    def _stop(self) -> None:
+        """Save what was trained so far; the interrupted epoch is repeated when training goes on."""
+        for series in self.logger.get_checkpoint().values():
+            del series[self.current_epoch :]
+        path = Path(self.output_folder) / "checkpoint_latest.pth"
+        self.current_epoch -= 1  # a checkpoint holds the number of the epoch that comes next
+        self.save_checkpoint(str(path))
+        self.current_epoch += 1
+        raise TrainingStoppedError(
+            f"stopped by SIGTERM in epoch {self.current_epoch}; saved to {path}. Continue with --c."
+        )
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write nnU-Net's checkpoint with the run settings in it, in one step."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return
+        network = self.network.module if self.is_ddp else self.network
+        if isinstance(network, OptimizedModule):
+            network = network._orig_mod
+        checkpoint = {
+            "network_weights": network.state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": None
+            if self.grad_scaler is None
+            else self.grad_scaler.state_dict(),
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            EXTRA: {
+                "run_settings": self.run_settings.given(),
+                "seconds_trained": self._seconds_trained(),
+            },
+        }
+        with replacing(Path(filename)) as temporary:
+            torch.save(checkpoint, temporary)
+        self._last_checkpoint = time.monotonic()
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """Load a checkpoint, with the run settings that it was trained with.
+
+        Raises
+        ------
+        InputError
+            If the file is unusable, or this run was given a setting that differs from it.
+        """
+        checkpoint = read_checkpoint(Path(filename_or_checkpoint))
+        extra = checkpoint.get(EXTRA, {})
+        stored = RunSettings(**extra.get("run_settings", {}))
+        if EXTRA in checkpoint and not self.was_initialized:
+            self._adopt(stored, filename_or_checkpoint)
+        self._seconds_before = float(extra.get("seconds_trained", 0.0))
+        # Safe: read_checkpoint has just accepted the same file without running any of it.
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def _adopt(self, stored: RunSettings, filename: str) -> None:
+        given = getattr(self, "_requested_settings", RunSettings()).given()
+        for name, value in given.items():
+            if stored.given().get(name) != value:
+                raise InputError(
+                    f"{filename} was trained with --{name} {stored.given().get(name)}, not {value}. Leave "
+                    f"the flag out to go on as before, or train anew in another folder."
+                )
+        self.run_settings = stored
+
+    def request_settings(self, settings: RunSettings) -> None:
+        """Take the settings of a command; they go before those of the plans. Call before training."""
+        self._requested_settings = settings
+        self.run_settings = settings.over(self.run_settings)
+
+    # ---------------------------------------------------------------- folds and final validation
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """Return training and validation cases; new folds are grouped by subject, by source balanced."""
+        if self.fold != "all":
+            path = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+            if not path.exists():
+                folder = self.preprocessed_dataset_folder
+                if self.dataset_class is None:
+                    self.dataset_class = self._dataset_class()
+                ensure_splits(path, self.dataset_class.get_identifiers(folder), self.dataset)
+        return super().do_split()  # type: ignore[no-any-return]
+
+    def _dataset_class(self) -> Any:
+        from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+        return infer_dataset_class(self.preprocessed_dataset_folder)
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Validate as nnU-Net does; then score each class only where it was annotated.
+
+        nnU-Net's own summary, in which a class that a source does not annotate counts as absent, is kept
+        as ``summary_raw.json``.
+        """
+        super().perform_actual_validation(save_probabilities)
+        if self.local_rank != 0 or self.dataset.partial_labels is None:
+            return
+        folder = Path(self.output_folder) / "validation"
+        references = Path(self.preprocessed_dataset_folder_base) / "gt_segmentations"
+        summary = evaluate_folder(references, folder, self.dataset, allow_missing=True)
+        os.replace(folder / "summary.json", folder / "summary_raw.json")
+        write_json(summary, folder / "summary.json")
+        self.print_to_log_file("Where annotated:", also_print_to_console=True)
+        for label, name in summary["labels"].items():
+            self.print_to_log_file(
+                f"  {name}: Dice {summary['mean'][label]['Dice']:.4f} in {summary['n_cases'][label]} cases"
+            )

@@ -1,0 +1,1 @@
+"""The folder for ``nnUNet_extTrainer``: nnU-Net imports every module in it."""

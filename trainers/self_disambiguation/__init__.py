@@ -1,0 +1,1 @@
+"""Self-disambiguation: one model from sources that annotate different classes."""

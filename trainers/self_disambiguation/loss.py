@@ -1,0 +1,272 @@
+"""Dice and cross-entropy for labels that mean sets of classes (methods/self_disambiguation.md, 2.8).
+
+A source's labels partition the classes into groups: every annotated class alone, every merged label
+with its members, and the background with all that the source does not annotate. Softmax over
+``logsumexp(group)`` equals the summed probabilities of each group exactly, so the logits are merged
+and ordinary losses follow. Probabilities are never merged, and classes without a label get no term.
+"""
+
+import torch
+from nnunetv2.utilities.ddp_allgather import AllGatherGrad
+from torch import Tensor, nn
+from torch.nn import functional
+
+SMOOTH = 1e-5
+"""Of nnU-Net's Dice loss."""
+NO_LABEL = -100
+"""A value that no label map holds: torch's default for voxels without a label."""
+
+
+def merge_logits(logits: Tensor, representatives: Tensor) -> Tensor:
+    """Return logits in which every group of classes has one channel.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (B, C, *spatial), float
+        Network output before softmax; channel 0 is the background.
+    representatives : Tensor, shape (B, C), integer
+        For each sample and class the channel that stands for its group.
+
+    Returns
+    -------
+    Tensor, shape (B, C, *spatial), float32 or float64
+        Channel ``r`` holds the logsumexp of its group; the other members are ``-inf`` (probability and
+        gradient 0). Classes that are alone in their group pass through unchanged, bit for bit.
+
+    Raises
+    ------
+    ValueError
+        If the table does not fit the logits.
+    """
+    if representatives.shape != logits.shape[:2]:
+        raise ValueError(
+            f"representatives must have shape {tuple(logits.shape[:2])}, got {tuple(representatives.shape)}"
+        )
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    merged = []
+    for sample, table in zip(logits, representatives.tolist(), strict=True):
+        channels = []
+        for c in range(len(table)):
+            members = [k for k, stands_for in enumerate(table) if stands_for == c]
+            if not members:
+                channels.append(torch.full_like(sample[c], -torch.inf))
+            elif len(members) == 1:
+                channels.append(sample[c])
+            else:
+                channels.append(torch.logsumexp(sample[members], 0))
+        merged.append(torch.stack(channels))
+    return torch.stack(merged)
+
+
+def grouped_cross_entropy(
+    merged: Tensor, target: Tensor, *, ignore_label: int | None = None, gamma: float = 0.0
+) -> Tensor:
+    """Return the mean over annotated voxels of ``-(1 - P)^gamma log P``, P of the voxel's group (2.2).
+
+    Parameters
+    ----------
+    merged : Tensor, shape (B, C, *spatial)
+        As returned by `merge_logits`.
+    target : Tensor, shape (B, 1, *spatial)
+        Stored labels; each is the representative of its group.
+    ignore_label : int, optional
+        Value of voxels that carry no information.
+    gamma : float
+        Focal exponent; 0 is the cross-entropy.
+
+    Returns
+    -------
+    Tensor, shape ()
+        In nats; 0 and connected to the graph if no voxel is annotated.
+    """
+    labels = target[:, 0].long()
+    none = NO_LABEL if ignore_label is None else ignore_label
+    nll = functional.cross_entropy(merged, labels, ignore_index=none, reduction="none")
+    if gamma != 0:
+        # An ignored voxel has nll 0; the clamp keeps the gradient of the power finite at P = 1.
+        nll = (-torch.expm1(-nll)).clamp_min(1e-12) ** gamma * nll
+    return nll.sum() / (labels != none).sum().clamp_min(1)
+
+
+def grouped_dice(
+    merged: Tensor,
+    target: Tensor,
+    *,
+    scored: Tensor,
+    batch_dice: bool,
+    ignore_label: int | None = None,
+    ddp: bool = False,
+) -> Tensor:
+    """Return minus the soft Dice over the (sample, class) pairs that have a label (2.8).
+
+    Parameters
+    ----------
+    merged, target, ignore_label
+        As in `grouped_cross_entropy`.
+    scored : Tensor, shape (B, C), bool
+        Whether class ``c`` has a label of its own, or represents a merged one, in the sample's source.
+    batch_dice : bool
+        Sum over the batch before dividing, as nnU-Net's plans say.
+    ddp : bool
+        Also sum over all processes (with ``batch_dice``).
+
+    Returns
+    -------
+    Tensor, shape ()
+        Between -1 and 0; 0 and connected to the graph if nothing is scored.
+    """
+    axes = tuple(range(2, merged.ndim))
+    probabilities = torch.softmax(merged, 1)[:, 1:]
+    with torch.no_grad():
+        weight = scored[:, 1:].to(probabilities.dtype)
+        labels, mask = target, None
+        if ignore_label is not None:
+            mask = (target != ignore_label).to(probabilities.dtype)
+            labels = torch.where(target != ignore_label, target, 0)
+        one_hot = torch.zeros_like(merged).scatter_(1, labels.long(), 1)[:, 1:]
+        if mask is not None:
+            one_hot = one_hot * mask
+        sum_target = one_hot.sum(axes) * weight
+    intersection = (probabilities * one_hot).sum(axes) * weight
+    predicted = probabilities if mask is None else probabilities * mask
+    sum_predicted = predicted.sum(axes) * weight
+    if batch_dice:
+        intersection, sum_predicted, sum_target, weight = (
+            _sum_over_batch(part, ddp=ddp)
+            for part in (intersection, sum_predicted, sum_target, weight)
+        )
+    dice = (2 * intersection + SMOOTH) / (sum_target + sum_predicted + SMOOTH).clamp_min(1e-8)
+    pairs = (weight > 0).to(dice.dtype)
+    return -(dice * pairs).sum() / pairs.sum().clamp_min(1)
+
+
+def conditional_entropy(
+    logits: Tensor,
+    target: Tensor,
+    representatives: Tensor,
+    *,
+    ignore_label: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the entropy inside each voxel's set of possible classes, and where that set is ambiguous.
+
+    Its chain rule: entropy of softmax = entropy of the group probabilities + P(group) times this
+    (2.9). It is a softmax restricted to the set, so it cannot fall by moving probability out of it.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (B, C, *spatial)
+        Before `merge_logits`.
+    target, representatives, ignore_label
+        As above. At an ignored voxel every class is possible.
+
+    Returns
+    -------
+    entropy : Tensor, shape (B, *spatial)
+        In nats; exactly 0 where only one class is possible.
+    ambiguous : Tensor, shape (B, *spatial), bool
+        Where more than one class is possible.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    labels = target[:, 0].long()
+    shape = (*representatives.shape, *(1,) * (labels.ndim - 1))
+    possible = representatives.view(shape) == labels[:, None]
+    if ignore_label is not None:
+        possible = possible | (labels == ignore_label)[:, None]
+    ambiguous = possible.sum(1) > 1
+    log_p = torch.log_softmax(logits.masked_fill(~possible, -torch.inf), 1)
+    log_p = torch.where(possible & ambiguous[:, None], log_p, 0.0)
+    terms = torch.where(possible & ambiguous[:, None], log_p.exp() * log_p, 0.0)
+    return -terms.sum(1), ambiguous
+
+
+def hard_counts(
+    merged: Tensor, target: Tensor, *, scored: Tensor, ignore_label: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Count true positive, false positive and false negative voxels where a class was annotated (6.4).
+
+    The prediction is the most probable group, so a class that a source does not annotate is no false
+    positive on its background.
+
+    Parameters
+    ----------
+    merged, target, scored, ignore_label
+        As in `grouped_dice`.
+
+    Returns
+    -------
+    tuple of three Tensor, shape (C - 1,), float32
+        Summed over the batch, without the background.
+    """
+    prediction = merged.argmax(1, keepdim=True)
+    axes = tuple(range(2, merged.ndim))
+    annotated = torch.ones_like(target, dtype=torch.bool)
+    if ignore_label is not None:
+        annotated = target != ignore_label
+    counts = []
+    for c in range(1, merged.shape[1]):
+        predicted, true = (prediction == c) & annotated, (target == c) & annotated
+        for hits in (predicted & true, predicted & ~true, ~predicted & true):
+            counts.append((hits.sum(axes).sum(1) * scored[:, c]).sum().float())
+    tp, fp, fn = (torch.stack(counts[k::3]) for k in range(3))
+    return tp, fp, fn
+
+
+class GroupedDiceCELoss(nn.Module):
+    """nnU-Net's Dice + cross-entropy, on groups of classes.
+
+    Parameters
+    ----------
+    complete_loss : nn.Module
+        nnU-Net's own loss. It is called, unchanged, for a batch in which every class is annotated.
+    batch_dice, ddp, ignore_label
+        As in `grouped_dice`.
+    gamma : float
+        Focal exponent of the cross-entropy.
+    """
+
+    def __init__(
+        self,
+        complete_loss: nn.Module,
+        *,
+        batch_dice: bool,
+        ddp: bool = False,
+        ignore_label: int | None = None,
+        gamma: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.complete_loss = complete_loss
+        self.batch_dice, self.ddp = batch_dice, ddp
+        self.ignore_label, self.gamma = ignore_label, gamma
+
+    def forward(self, logits: Tensor, target: Tensor, representatives: Tensor) -> Tensor:
+        """Return the loss of one resolution.
+
+        Parameters
+        ----------
+        logits : Tensor, shape (B, C, *spatial)
+        target : Tensor, shape (B, 1, *spatial)
+        representatives : Tensor, shape (B, C), integer
+            On the CPU, so that looking at it does not wait for the GPU.
+        """
+        identity = torch.arange(representatives.shape[1])
+        # Under DDP all processes must take the same branch, because batch Dice sums over them.
+        if not (self.ddp and self.batch_dice) and bool((representatives == identity).all()):
+            return self.complete_loss(logits, target)  # type: ignore[no-any-return]
+        merged = merge_logits(logits, representatives)
+        scored = (representatives == identity).to(logits.device)
+        ce = grouped_cross_entropy(merged, target, ignore_label=self.ignore_label, gamma=self.gamma)
+        dice = grouped_dice(
+            merged,
+            target,
+            scored=scored,
+            batch_dice=self.batch_dice,
+            ignore_label=self.ignore_label,
+            ddp=self.ddp,
+        )
+        return ce + dice
+
+
+def _sum_over_batch(part: Tensor, *, ddp: bool) -> Tensor:
+    if ddp:
+        part = AllGatherGrad.apply(part).sum(0)
+    return part.sum(0)
