@@ -63,14 +63,17 @@ def read_image(
     image, properties = _read(case.images, reader)
     if image.shape[0] != num_channels:
         raise InputError(
-            f"{case.images[0]} holds {image.shape[0]} images (a 4D or colour file), but dataset.json "
-            f"declares {num_channels} channel(s). Save each volume to a file of its own, CASE_0000, "
+            f"{case.images[0]} holds {image.shape[0]} images (a 4D or colour file), but "
+            "dataset.json "
+            f"declares {num_channels} channel(s). Save each volume to a file of its own, "
+            "CASE_0000, "
             "CASE_0001, ..., or declare the channels."
         )
     if not np.isfinite(image).all():
         count = int(np.size(image) - np.isfinite(image).sum())
         raise InputError(
-            f"{case.images[0]}: {count} voxels are NaN or infinite. Replace them, for example by the "
+            f"{case.images[0]}: {count} voxels are NaN or infinite. Replace them, for example by "
+            "the "
             "smallest finite value of the image."
         )
     return image, properties
@@ -123,7 +126,8 @@ def read_label(
     if wrong:
         allowed = "whole numbers from 0" if legal is None else sorted(legal)
         raise InputError(
-            f"{case.label} holds the label value {wrong[0]:g}, which this case may not have (allowed: "
+            f"{case.label} holds the label value {wrong[0]:g}, which this case may not have "
+            "(allowed: "
             f"{allowed}). Correct the file, or declare the label in dataset.json."
         )
     return label
@@ -152,7 +156,8 @@ def _read_file(path: Path, reader: BaseReaderWriter) -> tuple[np.ndarray, dict[s
     except Exception as error:  # readers raise whatever their library raises
         reason = (str(error).strip().splitlines() or ["no reason given"])[-1]
         raise InputError(
-            f"{path} cannot be read as an image ({reason}). The file may be cut off or be of another "
+            f"{path} cannot be read as an image ({reason}). The file may be cut off or be of "
+            "another "
             "type: restore it or remove the case."
         ) from None
     return image, properties

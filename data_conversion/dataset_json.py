@@ -83,8 +83,10 @@ class PartialLabels:
         if self.unmatched_is_complete:
             return complete(labels)
         raise InputError(
-            f"dataset.json: case {case!r} belongs to no source of partial_labels. Add it to a source's "
-            '"cases" or "pattern", or set "unmatched": "complete" if all classes are annotated in it.'
+            f"dataset.json: case {case!r} belongs to no source of partial_labels. Add it to a "
+            "source's "
+            '"cases" or "pattern", or set "unmatched": "complete" if all classes are annotated '
+            "in it."
         )
 
     def _source_of(self, case: str) -> str | None:
@@ -193,7 +195,8 @@ def parse_dataset_json(content: Any, *, where: str = "dataset.json") -> DatasetJ
     declared = content.get("partial_labels")
     if declared is not None and has_regions:
         raise InputError(
-            f"{where}: partial_labels needs exclusive classes, but labels hold overlapping regions. "
+            f"{where}: partial_labels needs exclusive classes, but labels hold overlapping "
+            "regions. "
             'Say what a source merges in its "merged" entry instead.'
         )
     return DatasetJson(
@@ -319,7 +322,8 @@ def _parse_source(name: str, entry: Any, labels: Mapping[str, int], where: str) 
     for key, members in merged.items():
         if key not in members or len(members) < 2:
             raise InputError(
-                f"{where}: merged label {key!r} must be one of at least two members, got {list(members)}."
+                f"{where}: merged label {key!r} must be one of at least two members, got "
+                f"{list(members)}."
             )
     return SourceLabels(name, annotated, merged)
 

@@ -84,8 +84,10 @@ def _examine_case(case: Case, dataset: DatasetJson) -> tuple[list[Finding], str]
         findings.append(
             Finding(
                 False,
-                f"{case.label} is empty. That says: none of {', '.join(annotated) or 'the classes'} is in "
-                "this image. If they were not drawn, remove the case or declare it in partial_labels.",
+                f"{case.label} is empty. That says: none of "
+                f"{', '.join(annotated) or 'the classes'} is in "
+                "this image. If they were not drawn, remove the case or declare it in "
+                "partial_labels.",
             )
         )
     if image.std() == 0:
@@ -113,7 +115,8 @@ def _duplicates(cases: list[Case], digests: list[str], dataset: DatasetJson) -> 
         if other is not case and not same_subject:
             yield Finding(
                 True,
-                f"{case.images[0]} and {other.images[0]} hold the same voxels, but count as different "
+                f"{case.images[0]} and {other.images[0]} hold the same voxels, but count as "
+                "different "
                 'subjects: folds would leak. Remove one, or give both one subject in "subjects".',
             )
 

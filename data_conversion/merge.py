@@ -1,7 +1,8 @@
 """Merging raw datasets with different label sets into one, matched by label name.
 
-The merged dataset declares in ``partial_labels`` what each source annotates, so that a class which a
-source did not annotate is never taken for background. Images are linked or copied, never altered.
+The merged dataset declares in ``partial_labels`` what each source annotates, so that a class
+which a source did not annotate is never taken for background. Images are linked or copied, never
+altered.
 """
 
 import logging
@@ -106,8 +107,8 @@ def read_sources(
     Raises
     ------
     InputError
-        If a source is no usable dataset, a rename names something unknown, or the sources disagree on
-        channels, file type or reader.
+        If a source is no usable dataset, a rename names something unknown, or the sources
+        disagree on channels, file type or reader.
     """
     unknown = sorted(set(renames) - set(folders))
     if unknown:
@@ -168,7 +169,8 @@ def merge_sources(sources: Sequence[Source], target: Path, *, copy_images: bool)
 def matrix_warnings(matrix: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     """Return what a user should know before training on this class x source matrix (spec 6.5)."""
     warnings = [
-        f"Class {name!r} occurs in no case of a source that annotates it, so it can never be told from "
+        f"Class {name!r} occurs in no case of a source that annotates it, so it can never be "
+        "told from "
         "background. Add cases that show it, or remove the class."
         for name, row in matrix.items()
         if not any(cell["annotated"] != "no" and cell["present"] for cell in row.values())
@@ -176,7 +178,8 @@ def matrix_warnings(matrix: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> li
     sources = next(iter(matrix.values()))
     if all(any(row[source]["annotated"] != "yes" for row in matrix.values()) for source in sources):
         warnings.append(
-            "No source annotates every class, so pure background is never labelled: false positives of a "
+            "No source annotates every class, so pure background is never labelled: false "
+            "positives of a "
             "class are only corrected in the sources that annotate it."
         )
     return warnings
@@ -196,7 +199,8 @@ def _read_source(folder: Path, name: str, renames: Mapping[str, tuple[str, ...]]
     unknown = sorted(set(renames) - set(dataset.foreground))
     if unknown:
         raise InputError(
-            f"--rename: {folder.name} has no label {unknown[0]!r}. It has {', '.join(dataset.foreground)}."
+            f"--rename: {folder.name} has no label {unknown[0]!r}. It has "
+            f"{', '.join(dataset.foreground)}."
         )
     source = Source(folder, name, dataset, tuple(training_cases(folder, dataset)), dict(renames))
     classes = [c for label in dataset.foreground for c in source.meaning(label)]
@@ -219,7 +223,8 @@ def _check_agreement(first: Source, other: Source) -> None:
     ):
         if key(first) != key(other):
             raise InputError(
-                f"{other.folder.name} and {first.folder.name} differ in {what}: {key(other)} against "
+                f"{other.folder.name} and {first.folder.name} differ in {what}: {key(other)} "
+                "against "
                 f"{key(first)}. Convert or rename so that they agree."
             )
 

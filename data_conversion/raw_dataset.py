@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nnmosaic.data_conversion.dataset_json import DatasetJson
@@ -36,7 +36,8 @@ def dataset_name(identifier: int, name: str) -> str:
         raise InputError(f"A dataset id must be between 1 and 999, got {identifier}.")
     if not name or name.strip() != name or name.startswith(".") or re.search(r"[/\\\0\n]", name):
         raise InputError(
-            f"{name!r} cannot be a dataset name: it must not be empty, begin with a dot or a space, or "
+            f"{name!r} cannot be a dataset name: it must not be empty, begin with a dot or a "
+            "space, or "
             "hold a slash, a backslash or a line break."
         )
     return f"Dataset{identifier:03d}_{name}"
@@ -77,47 +78,61 @@ def find_dataset(roots: Sequence[Path], identifier: str) -> str:
         raise InputError(f"There is no dataset {identifier} in {where}.")
     if len(found) > 1:
         raise InputError(
-            f"The id {identifier} belongs to several datasets: {', '.join(sorted(found))} (in {where}). "
+            f"The id {identifier} belongs to several datasets: {', '.join(sorted(found))} (in "
+            f"{where}). "
             "Rename or remove all but one."
         )
     return found.pop()
 
 
-def image_cases(folder: Path, *, file_ending: str, num_channels: int) -> list[Case]:
-    """Return the cases of an image folder, sorted by name; files of other types are ignored.
+def find_image_cases(
+    folder: Path, *, file_ending: str, num_channels: int
+) -> tuple[list[Case], dict[str, str]]:
+    """Return the cases of an image folder, sorted by name, and what is wrong with the others.
+
+    Files of other types are ignored.
+
+    Returns
+    -------
+    cases : list of Case
+        Without label files.
+    faults : dict of str to str
+        Case or file name -> what is wrong: not named ``CASE_XXXX``, or a channel is missing.
 
     Raises
     ------
     InputError
-        If the folder is missing or empty, an image is not named ``CASE_XXXX``, or a channel is missing.
+        If the folder is missing or holds no image.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist or is not a folder.")
     named = re.compile(r"(.+)_(\d{4})" + re.escape(file_ending), re.DOTALL)
     channels: dict[str, dict[int, Path]] = {}
+    faults: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
         if not path.name.endswith(file_ending) or path.name.startswith("."):
             continue
         match = named.fullmatch(path.name)
         if match is None:
-            raise InputError(
+            faults[path.name] = (
                 f"{path} is not named CASE_XXXX{file_ending} (XXXX = channel, for example "
                 f"{path.name[: -len(file_ending)]}_0000{file_ending}). Rename it or move it away."
             )
-        channels.setdefault(match[1], {})[int(match[2])] = path
-    if not channels:
+        else:
+            channels.setdefault(match[1], {})[int(match[2])] = path
+    if not channels and not faults:
         raise InputError(f"{folder} holds no image that ends with {file_ending}.")
-    for case, files in channels.items():
+    cases = []
+    for case, files in sorted(channels.items()):
         one_colour_file = file_ending.lower() in COLOUR_ENDINGS and list(files) == [0]
-        if sorted(files) != list(range(num_channels)) and not one_colour_file:
-            raise InputError(
-                f"{folder}: case {case!r} has the channels {sorted(files)}, but dataset.json declares "
-                f"{num_channels} ({list(range(num_channels))}). Add or remove files."
+        if sorted(files) == list(range(num_channels)) or one_colour_file:
+            cases.append(Case(case, tuple(files[i] for i in sorted(files)), None))
+        else:
+            faults[case] = (
+                f"{folder}: case {case!r} has the channels {sorted(files)}, but dataset.json "
+                f"declares {num_channels} ({list(range(num_channels))}). Add or remove files."
             )
-    return [
-        Case(case, tuple(files[i] for i in sorted(files)), None)
-        for case, files in sorted(channels.items())
-    ]
+    return cases, faults
 
 
 def training_cases(folder: Path, dataset: DatasetJson) -> list[Case]:
@@ -133,16 +148,18 @@ def training_cases(folder: Path, dataset: DatasetJson) -> list[Case]:
         cases = [_listed_case(folder, name, entry) for name, entry in sorted(listed.items())]
     else:
         ending = dataset.file_ending
-        cases = [
-            Case(case.identifier, case.images, folder / "labelsTr" / f"{case.identifier}{ending}")
-            for case in image_cases(
-                folder / "imagesTr", file_ending=ending, num_channels=len(dataset.channel_names)
-            )
-        ]
+        found, faults = find_image_cases(
+            folder / "imagesTr", file_ending=ending, num_channels=len(dataset.channel_names)
+        )
+        if faults:
+            raise InputError(next(iter(faults.values())))
+        labels = folder / "labelsTr"
+        cases = [replace(case, label=labels / f"{case.identifier}{ending}") for case in found]
     missing = [case.label for case in cases if case.label is not None and not case.label.is_file()]
     if missing:
         raise InputError(
-            f"{missing[0]} does not exist ({len(missing)} of {len(cases)} cases have no label file). "
+            f"{missing[0]} does not exist ({len(missing)} of {len(cases)} cases have no label "
+            "file). "
             "Add the label files, or move these images to imagesTs."
         )
     return cases

@@ -5,6 +5,7 @@ So ``nnmosaic --help`` answers at once, without torch.
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (they are in ``failures.json``). 1: anything else.
     """
     options = _parser().parse_args(arguments)
+    # nnU-Net would start 8 processes everywhere, each importing torch.
+    os.environ.setdefault("nnUNet_def_n_proc", str(min(8, os.cpu_count() or 1)))
     logging.basicConfig(
         level=logging.DEBUG if options.debug else logging.INFO,
         format="%(message)s",
@@ -253,7 +256,6 @@ def _do_train(options: argparse.Namespace) -> None:
         pretrained_weights=options.pretrained_weights,
         num_gpus=options.num_gpus,
         device=options.device,
-        verbose=True,
     )
 
 
@@ -291,7 +293,8 @@ def _predict(commands: Any) -> None:
 
 
 def _do_predict(options: argparse.Namespace) -> int:
-    from nnmosaic.pipeline.predict import model_folder, predict
+    from nnmosaic.pipeline.predict import predict
+    from nnmosaic.pipeline.train import model_folder
 
     workspace = None if options.m else open_workspace(options.workspace)
     if workspace is not None and not (options.d and options.c):
@@ -307,6 +310,7 @@ def _do_predict(options: argparse.Namespace) -> int:
         mirroring=not options.disable_tta,
         save_probabilities=options.save_probabilities,
         skip_existing=options.continue_prediction,
+        previous_stage=options.prev_stage_predictions,
         device=options.device,
         workers=options.np,
     )

@@ -58,7 +58,8 @@ def open_workspace(folder: Path | None = None) -> Workspace:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"{path} cannot be created ({error.strerror}). Give a folder that you can write to: "
+                f"{path} cannot be created ({error.strerror}). Give a folder that you can write "
+                "to: "
                 f"--workspace FOLDER, or the variable {name}."
             ) from None
         os.environ[name] = str(path)

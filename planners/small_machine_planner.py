@@ -32,8 +32,9 @@ CPU_RUN = RunSettings(
 class SmallMachinePlanner(ExperimentPlanner):
     """nnU-Net's default planner with features, patch and batch that fit a small budget.
 
-    Spacing, normalisation, topology rules and file format stay nnU-Net's; only the number of features
-    and the bound on the size of the feature maps change, so the patch follows from nnU-Net's own loop.
+    Spacing, normalisation, topology rules and file format stay nnU-Net's; only the number of
+    features and the bound on the size of the feature maps change, so the patch follows from
+    nnU-Net's own loop.
 
     Parameters
     ----------

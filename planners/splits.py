@@ -33,7 +33,8 @@ def make_splits(cases: Sequence[str], dataset: DatasetJson) -> Splits:
     subjects = [dataset.subject_of(case) for case in names]
     if len(set(subjects)) < NUM_FOLDS:
         raise InputError(
-            f"{len(set(subjects))} subjects cannot make {NUM_FOLDS} folds. Train with fold 'all', or "
+            f"{len(set(subjects))} subjects cannot make {NUM_FOLDS} folds. Train with fold "
+            "'all', or "
             "write splits_final.json yourself."
         )
     if dataset.partial_labels is None and not dataset.subjects:

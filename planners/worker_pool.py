@@ -68,7 +68,8 @@ def run_cases(
     except BrokenProcessPool:
         suspects = ", ".join(list(unfinished)[: pool._max_workers])
         raise RuntimeError(
-            f"A worker process died while it worked on one of: {suspects}. Most often the memory was "
+            f"A worker process died while it worked on one of: {suspects}. Most often the memory "
+            "was "
             "full. Run the same command again with fewer workers (-np); finished cases are kept."
         ) from None
     finally:

@@ -191,8 +191,8 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         Parameters
         ----------
         logits, target : Tensor or list of Tensor
-            Shapes (B, C, *spatial) and (B, 1, *spatial); with deep supervision lists, full resolution
-            first.
+            Shapes (B, C, *spatial) and (B, 1, *spatial); with deep supervision lists, full
+            resolution first.
         batch : dict
             As the data loader made it: "keys" are the case identifiers of the samples.
         """
@@ -338,7 +338,8 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         for name, value in given.items():
             if stored.given().get(name) != value:
                 raise InputError(
-                    f"{filename} was trained with --{name} {stored.given().get(name)}, not {value}. Leave "
+                    f"{filename} was trained with --{name} {stored.given().get(name)}, not "
+                    f"{value}. Leave "
                     f"the flag out to go on as before, or train anew in another folder."
                 )
         self.run_settings = stored
@@ -369,8 +370,8 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validate as nnU-Net does; then score each class only where it was annotated.
 
-        nnU-Net's own summary, in which a class that a source does not annotate counts as absent, is kept
-        as ``summary_raw.json``.
+        nnU-Net's own summary, in which a class that a source does not annotate counts as absent,
+        is kept as ``summary_raw.json``.
         """
         super().perform_actual_validation(save_probabilities)
         if self.local_rank != 0 or self.dataset.partial_labels is None:
@@ -383,5 +384,6 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         self.print_to_log_file("Where annotated:", also_print_to_console=True)
         for label, name in summary["labels"].items():
             self.print_to_log_file(
-                f"  {name}: Dice {summary['mean'][label]['Dice']:.4f} in {summary['n_cases'][label]} cases"
+                f"  {name}: Dice {summary['mean'][label]['Dice']:.4f} in "
+                f"{summary['n_cases'][label]} cases"
             )

@@ -33,9 +33,9 @@ def evaluate_folder(
     Returns
     -------
     dict
-        nnU-Net's summary ("metric_per_case", "mean", "foreground_mean") plus "n_cases" per class and
-        "per_source". Metrics of a class that the source of a case does not annotate are NaN. A merged
-        label is scored as the union of its members, under a key such as "(1, 2)".
+        nnU-Net's summary ("metric_per_case", "mean", "foreground_mean") plus "n_cases" per class
+        and "per_source". Metrics of a class that the source of a case does not annotate are NaN. A
+        merged label is scored as the union of its members, under a key such as "(1, 2)".
 
     Raises
     ------
@@ -48,7 +48,8 @@ def evaluate_folder(
     missing = sorted(present - set(predicted))
     if missing and not allow_missing:
         raise InputError(
-            f"{predictions / missing[0]} does not exist ({len(missing)} of {len(present)} references have "
+            f"{predictions / missing[0]} does not exist ({len(missing)} of {len(present)} "
+            "references have "
             "no prediction). Predict the rest, or pass --chill to leave them out."
         )
     names = [name for name in predicted if name in present]

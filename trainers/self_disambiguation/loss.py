@@ -30,8 +30,8 @@ def merge_logits(logits: Tensor, representatives: Tensor) -> Tensor:
     Returns
     -------
     Tensor, shape (B, C, *spatial), float32 or float64
-        Channel ``r`` holds the logsumexp of its group; the other members are ``-inf`` (probability and
-        gradient 0). Classes that are alone in their group pass through unchanged, bit for bit.
+        Channel ``r`` holds the logsumexp of its group; the other members are ``-inf``
+        (probability and gradient 0). Classes that are alone in their group pass through unchanged, bit for bit.
 
     Raises
     ------
@@ -40,7 +40,8 @@ def merge_logits(logits: Tensor, representatives: Tensor) -> Tensor:
     """
     if representatives.shape != logits.shape[:2]:
         raise ValueError(
-            f"representatives must have shape {tuple(logits.shape[:2])}, got {tuple(representatives.shape)}"
+            f"representatives must have shape {tuple(logits.shape[:2])}, got "
+            f"{tuple(representatives.shape)}"
         )
     logits = logits if logits.dtype == torch.float64 else logits.float()
     merged = []
@@ -104,7 +105,8 @@ def grouped_dice(
     merged, target, ignore_label
         As in `grouped_cross_entropy`.
     scored : Tensor, shape (B, C), bool
-        Whether class ``c`` has a label of its own, or represents a merged one, in the sample's source.
+        Whether class ``c`` has a label of its own, or represents a merged one, in the sample's
+        source.
     batch_dice : bool
         Sum over the batch before dividing, as nnU-Net's plans say.
     ddp : bool
@@ -184,8 +186,8 @@ def hard_counts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Count true positive, false positive and false negative voxels where a class was annotated (6.4).
 
-    The prediction is the most probable group, so a class that a source does not annotate is no false
-    positive on its background.
+    The prediction is the most probable group, so a class that a source does not annotate is no
+    false positive on its background.
 
     Parameters
     ----------

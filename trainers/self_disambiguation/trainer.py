@@ -20,7 +20,8 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
     """nnU-Net that knows what each source annotates (methods/self_disambiguation.md, 2.8).
 
     What a source leaves out is "background or one of these classes" in its cases, never background.
-    Where ``dataset.json`` declares no ``partial_labels``, this is `nnUNetTrainerMosaic`, bit for bit.
+    Where ``dataset.json`` declares no ``partial_labels``, this is `nnUNetTrainerMosaic`, bit for
+    bit.
     """
 
     conditional_entropy_weight: float = 0.0

@@ -1,0 +1,213 @@
+"""Training one fold: what can be wrong is found before any data is loaded."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from nnmosaic.data_conversion.atomic_write import read_json
+from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.pipeline.workspace import Workspace
+from nnmosaic.planners.ledger import Ledger, ledger_path
+from nnmosaic.planners.plans_section import RunSettings
+from nnmosaic.planners.preprocessing import data_identifier
+
+RESUMABLE = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+"""In the order in which nnU-Net takes one to go on from."""
+
+
+def model_folder(
+    workspace: Workspace, identifier: str, configuration: str, trainer: str, plans_name: str
+) -> Path:
+    """Return nnU-Net's results folder of a model."""
+    dataset = workspace.dataset(identifier)
+    return workspace.results / dataset / f"{trainer}__{plans_name}__{configuration}"
+
+
+def train(
+    workspace: Workspace,
+    identifier: str,
+    configuration: str,
+    fold: int | str,
+    *,
+    trainer: str,
+    plans_name: str,
+    settings: RunSettings,
+    resume: bool = False,
+    only_validate: bool = False,
+    save_probabilities: bool = False,
+    pretrained_weights: Path | None = None,
+    num_gpus: int = 1,
+    device: str | None = None,
+) -> None:
+    """Train and validate one fold.
+
+    Parameters
+    ----------
+    identifier : str
+        Dataset id or name.
+    fold : int or "all"
+    trainer : str
+        Class name.
+    settings : RunSettings
+        Go before those of the plans.
+    resume : bool
+        Go on from the last checkpoint.
+    only_validate : bool
+        Only the final validation of a finished training.
+
+    Raises
+    ------
+    InputError
+        If something is missing or contradictory; nothing was changed then.
+    """
+    if resume and (only_validate or pretrained_weights):
+        raise InputError("--c continues a training: it cannot be combined with --val or weights.")
+    dataset = workspace.dataset(identifier)
+    preprocessed = workspace.preprocessed / dataset
+    _check_preprocessed(preprocessed, plans_name, configuration, identifier)
+    folder = (
+        model_folder(workspace, identifier, configuration, trainer, plans_name) / f"fold_{fold}"
+    )
+    with _lock(folder):
+        checkpoint = _checkpoint(folder, resume=resume, only_validate=only_validate)
+        arguments = (
+            preprocessed, configuration, fold, trainer, plans_name, settings, checkpoint,
+            only_validate, save_probabilities, pretrained_weights,
+        )  # fmt: skip
+        if num_gpus > 1:
+            _train_on_gpus(num_gpus, arguments)
+        else:
+            from nnmosaic.pipeline.device import choose_device
+
+            _train(*arguments, device=choose_device(device))
+
+
+def _check_preprocessed(folder: Path, plans_name: str, configuration: str, identifier: str) -> None:
+    cure = f"Run: nnmosaic plan_and_preprocess -d {identifier} -c {configuration}"
+    plans_file = folder / f"{plans_name}.json"
+    if not plans_file.is_file():
+        raise InputError(f"{plans_file} does not exist. {cure}")
+    plans = read_json(plans_file)
+    if configuration not in plans["configurations"]:
+        known = ", ".join(plans["configurations"])
+        raise InputError(f"{plans_file} has no configuration {configuration!r}. It has {known}.")
+    data = folder / data_identifier(plans, configuration)
+    if not data.is_dir() or not any(data.iterdir()):
+        raise InputError(f"{data} holds no preprocessed data. {cure}")
+    missing = Ledger(ledger_path(data)).missing()
+    if missing:
+        raise InputError(
+            f"{data}: preprocessing is not finished, {len(missing)} cases are missing (first: "
+            f"{missing[0]}). {cure}"
+        )
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the fold; a killed process releases it by itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".training.lock", timeout=0):
+            yield
+    except Timeout:
+        raise InputError(
+            f"{folder}: another process trains this fold. Wait for it, or stop it first."
+        ) from None
+
+
+def _checkpoint(folder: Path, *, resume: bool, only_validate: bool) -> Path | None:
+    """Return the checkpoint to load, or None to begin anew."""
+    if only_validate:
+        final = folder / RESUMABLE[0]
+        if not final.is_file():
+            raise InputError(f"{final} does not exist: there is no finished training to validate.")
+        return final
+    found = [folder / name for name in RESUMABLE if (folder / name).is_file()]
+    if resume and not found:
+        raise InputError(f"--c: {folder} holds no checkpoint to continue from. Leave --c out.")
+    if found and not resume:
+        raise InputError(
+            f"{found[0]} exists, and training anew would overwrite it. Pass --c to continue, or "
+            "move "
+            f"{folder} away."
+        )
+    return found[0] if resume else None
+
+
+def _train(
+    preprocessed: Path,
+    configuration: str,
+    fold: int | str,
+    trainer_name: str,
+    plans_name: str,
+    settings: RunSettings,
+    checkpoint: Path | None,
+    only_validate: bool,
+    save_probabilities: bool,
+    pretrained_weights: Path | None,
+    *,
+    device: Any,
+) -> None:
+    import torch
+
+    from nnmosaic.trainers.base import nnUNetTrainerMosaic
+    from nnmosaic.trainers.lookup import trainer_class
+
+    plans = read_json(preprocessed / f"{plans_name}.json")
+    plans["continue_training"] = checkpoint is not None and not only_validate
+    trainer = trainer_class(trainer_name)(
+        plans, configuration, fold, read_json(preprocessed / "dataset.json"), device
+    )
+    if isinstance(trainer, nnUNetTrainerMosaic):
+        trainer.request_settings(settings)
+    elif settings.given():
+        raise InputError(f"{trainer_name} is not nnMosaic's: it takes none of {settings.given()}.")
+    if pretrained_weights is not None:
+        _load_pretrained(trainer, pretrained_weights)
+    if checkpoint is not None:
+        trainer.load_checkpoint(str(checkpoint))
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    if not only_validate:
+        trainer.run_training()
+    trainer.perform_actual_validation(save_probabilities)
+
+
+def _load_pretrained(trainer: Any, path: Path) -> None:
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+
+    from nnmosaic.trainers.checkpoint import read_checkpoint
+
+    read_checkpoint(path)  # refuses a pickle that would run code; nnU-Net's function would not
+    trainer.initialize()
+    try:
+        load_pretrained_weights(trainer.network, str(path))
+    except AssertionError as error:
+        raise InputError(f"{path} does not fit this network: {error}") from None
+
+
+def _train_on_gpus(num_gpus: int, arguments: tuple[Any, ...]) -> None:
+    import torch
+    from nnunetv2.run.run_training import find_free_network_port
+
+    if torch.cuda.device_count() < num_gpus:
+        raise InputError(
+            f"--num_gpus {num_gpus}: torch finds {torch.cuda.device_count()} CUDA devices here."
+        )
+    os.environ["MASTER_ADDR"] = "localhost"
+    os.environ.setdefault("MASTER_PORT", str(find_free_network_port()))
+    torch.multiprocessing.spawn(_train_rank, args=(num_gpus, arguments), nprocs=num_gpus)
+
+
+def _train_rank(rank: int, num_gpus: int, arguments: tuple[Any, ...]) -> None:
+    import torch
+    from nnunetv2.run.run_training import cleanup_ddp, setup_ddp
+
+    setup_ddp(rank, num_gpus)
+    torch.cuda.set_device(rank)
+    _train(*arguments, device=torch.device("cuda", rank))
+    cleanup_ddp()

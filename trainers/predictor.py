@@ -1,0 +1,92 @@
+"""Sliding-window prediction with nnU-Net's predictor, from a trained model folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnmosaic.data_conversion.atomic_write import read_json
+from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.trainers.checkpoint import read_checkpoint
+from nnmosaic.trainers.lookup import trainer_class
+
+
+class MosaicPredictor(nnUNetPredictor):
+    """nnU-Net's predictor that loads models without running pickles."""
+
+
+def available_folds(model: Path, checkpoint: str) -> list[int | str]:
+    """Return the trained folds of a model folder; "all" only if there is no other."""
+    names = [path.parent.name.removeprefix("fold_") for path in model.glob(f"fold_*/{checkpoint}")]
+    numbers = sorted(int(name) for name in names if name.isdecimal())
+    return list(numbers) or [name for name in names if name == "all"]
+
+
+def load_predictor(
+    model: Path,
+    *,
+    folds: Sequence[int | str] | None,
+    checkpoint: str,
+    device: torch.device,
+    step_size: float,
+    mirroring: bool,
+) -> MosaicPredictor:
+    """Return a predictor with the networks of all folds.
+
+    Parameters
+    ----------
+    model : Path
+        nnU-Net's results folder ``TRAINER__PLANS__CONFIGURATION``.
+    folds : sequence, optional
+        Default: all that are trained.
+    step_size : float
+        Step between tiles, in parts of the patch size.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no such model.
+    """
+    if not (model / "plans.json").is_file():
+        raise InputError(f"{model} is no trained model: it has no plans.json. Train first.")
+    folds = folds or available_folds(model, checkpoint)
+    if not folds:
+        raise InputError(
+            f"{model} has no fold with {checkpoint}. Train first, or choose with -chk."
+        )
+    checkpoints = [read_checkpoint(model / f"fold_{fold}" / checkpoint) for fold in folds]
+    first = checkpoints[0]
+    plans, dataset_json = (
+        PlansManager(read_json(model / "plans.json")),
+        read_json(model / "dataset.json"),
+    )
+    configuration = plans.get_configuration(first["init_args"]["configuration"])
+    network = trainer_class(first["trainer_name"]).build_network_architecture(
+        plans,
+        configuration,
+        determine_num_input_channels(plans, configuration, dataset_json),
+        plans.get_label_manager(dataset_json).num_segmentation_heads,
+        enable_deep_supervision=False,
+    )
+    predictor = MosaicPredictor(
+        tile_step_size=step_size,
+        use_mirroring=mirroring,
+        perform_everything_on_device=device.type == "cuda",
+        device=device,
+        allow_tqdm=False,
+    )
+    weights = [content["network_weights"] for content in checkpoints]
+    network.load_state_dict(weights[0])
+    predictor.manual_initialization(
+        network,
+        plans,
+        configuration,
+        weights,
+        dataset_json,
+        first["trainer_name"],
+        first.get("inference_allowed_mirroring_axes"),
+    )
+    return predictor
