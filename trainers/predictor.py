@@ -1,5 +1,6 @@
 """Sliding-window prediction with nnU-Net's predictor, from a trained model folder."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,22 @@ from nnmosaic.trainers.lookup import trainer_class
 
 
 class MosaicPredictor(nnUNetPredictor):
-    """nnU-Net's predictor that loads models without running pickles."""
+    """nnU-Net's predictor; on a CPU it predicts mirrored copies of a tile two at a time.
+
+    A single sample uses the cores badly: measured with an 8-feature U-Net on 2 cores, two samples
+    together take less time than one. The result is the same up to rounding.
+    """
+
+    def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
+        if self.device.type != "cpu" or not (self.use_mirroring and self.allowed_mirroring_axes):
+            return super()._internal_maybe_mirror_and_predict(x)  # type: ignore[no-any-return]
+        spatial = [axis + 2 for axis in self.allowed_mirroring_axes]
+        flips = [c for n in range(len(spatial) + 1) for c in itertools.combinations(spatial, n)]
+        total = torch.zeros(())
+        for first, second in zip(flips[::2], flips[1::2], strict=True):  # 2 ** axes of them
+            pair = self.network(torch.cat((x.flip(first), x.flip(second))))
+            total = total + pair[:1].flip(first) + pair[1:].flip(second)
+        return total / len(flips)
 
 
 def available_folds(model: Path, checkpoint: str) -> list[int | str]:

@@ -1,4 +1,4 @@
-"""Dice and cross-entropy for labels that mean sets of classes (methods/self_disambiguation.md, 2.8).
+"""Dice and cross-entropy for labels that mean sets of classes (self_disambiguation.md, 2.8).
 
 A source's labels partition the classes into groups: every annotated class alone, every merged label
 with its members, and the background with all that the source does not annotate. Softmax over
@@ -17,8 +17,8 @@ NO_LABEL = -100
 """A value that no label map holds: torch's default for voxels without a label."""
 
 
-def merge_logits(logits: Tensor, representatives: Tensor) -> Tensor:
-    """Return logits in which every group of classes has one channel.
+def group_log_probabilities(logits: Tensor, representatives: Tensor) -> Tensor:
+    """Return the log-probability of every group of classes, in the channel that stands for it.
 
     Parameters
     ----------
@@ -30,44 +30,61 @@ def merge_logits(logits: Tensor, representatives: Tensor) -> Tensor:
     Returns
     -------
     Tensor, shape (B, C, *spatial), float32 or float64
-        Channel ``r`` holds the logsumexp of its group; the other members are ``-inf``
-        (probability and gradient 0). Classes that are alone in their group pass through unchanged, bit for bit.
+        Sums to 1 over channels after exp. Channels that stand for no group are ``-inf``: probability
+        and gradient 0.
 
     Raises
     ------
     ValueError
         If the table does not fit the logits.
     """
+    return torch.log_softmax(merge_logits(logits, representatives), 1)
+
+
+def merge_logits(logits: Tensor, representatives: Tensor) -> Tensor:
+    """Return logits in which every group of classes has one channel: logsumexp of its members.
+
+    Parameters and shapes are those of `group_log_probabilities`. Classes that are alone in their
+    group pass through unchanged, bit for bit.
+    """
     if representatives.shape != logits.shape[:2]:
         raise ValueError(
-            f"representatives must have shape {tuple(logits.shape[:2])}, got "
-            f"{tuple(representatives.shape)}"
+            f"representatives must have shape {tuple(logits.shape[:2])}, "
+            f"got {tuple(representatives.shape)}"
         )
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    merged = []
+    nothing = torch.full_like(logits[0, 0], -torch.inf)
+    channels = []
     for sample, table in zip(logits, representatives.tolist(), strict=True):
-        channels = []
+        classes = sample.unbind(0)
         for c in range(len(table)):
-            members = [k for k, stands_for in enumerate(table) if stands_for == c]
+            members = [classes[k] for k, stands_for in enumerate(table) if stands_for == c]
             if not members:
-                channels.append(torch.full_like(sample[c], -torch.inf))
-            elif len(members) == 1:
-                channels.append(sample[c])
+                channels.append(nothing)
             else:
-                channels.append(torch.logsumexp(sample[members], 0))
-        merged.append(torch.stack(channels))
-    return torch.stack(merged)
+                channels.append(members[0] if len(members) == 1 else _logsumexp(members))
+    return torch.stack(channels).view_as(logits)
+
+
+def _logsumexp(members: list[Tensor]) -> Tensor:
+    if len(members) == 2:
+        return torch.logaddexp(*members)
+    return torch.logsumexp(torch.stack(members), 0)
 
 
 def grouped_cross_entropy(
-    merged: Tensor, target: Tensor, *, ignore_label: int | None = None, gamma: float = 0.0
+    log_probabilities: Tensor,
+    target: Tensor,
+    *,
+    ignore_label: int | None = None,
+    gamma: float = 0.0,
 ) -> Tensor:
-    """Return the mean over annotated voxels of ``-(1 - P)^gamma log P``, P of the voxel's group (2.2).
+    """Return the mean of ``-(1 - P)^gamma log P`` over annotated voxels, P of their group (2.2).
 
     Parameters
     ----------
-    merged : Tensor, shape (B, C, *spatial)
-        As returned by `merge_logits`.
+    log_probabilities : Tensor, shape (B, C, *spatial)
+        As returned by `group_log_probabilities`.
     target : Tensor, shape (B, 1, *spatial)
         Stored labels; each is the representative of its group.
     ignore_label : int, optional
@@ -82,15 +99,19 @@ def grouped_cross_entropy(
     """
     labels = target[:, 0].long()
     none = NO_LABEL if ignore_label is None else ignore_label
-    nll = functional.cross_entropy(merged, labels, ignore_index=none, reduction="none")
-    if gamma != 0:
+    if gamma == 0:
+        total = functional.nll_loss(log_probabilities, labels, ignore_index=none, reduction="sum")
+    else:
+        nll = functional.nll_loss(log_probabilities, labels, ignore_index=none, reduction="none")
         # An ignored voxel has nll 0; the clamp keeps the gradient of the power finite at P = 1.
-        nll = (-torch.expm1(-nll)).clamp_min(1e-12) ** gamma * nll
-    return nll.sum() / (labels != none).sum().clamp_min(1)
+        total = ((-torch.expm1(-nll)).clamp_min(1e-12) ** gamma * nll).sum()
+    if ignore_label is None:
+        return total / labels.numel()
+    return total / (labels != ignore_label).sum().clamp_min(1)
 
 
 def grouped_dice(
-    merged: Tensor,
+    log_probabilities: Tensor,
     target: Tensor,
     *,
     scored: Tensor,
@@ -102,7 +123,7 @@ def grouped_dice(
 
     Parameters
     ----------
-    merged, target, ignore_label
+    log_probabilities, target, ignore_label
         As in `grouped_cross_entropy`.
     scored : Tensor, shape (B, C), bool
         Whether class ``c`` has a label of its own, or represents a merged one, in the sample's
@@ -117,15 +138,16 @@ def grouped_dice(
     Tensor, shape ()
         Between -1 and 0; 0 and connected to the graph if nothing is scored.
     """
-    axes = tuple(range(2, merged.ndim))
-    probabilities = torch.softmax(merged, 1)[:, 1:]
+    axes = tuple(range(2, log_probabilities.ndim))
+    probabilities = log_probabilities[:, 1:].exp()
     with torch.no_grad():
         weight = scored[:, 1:].to(probabilities.dtype)
         labels, mask = target, None
         if ignore_label is not None:
             mask = (target != ignore_label).to(probabilities.dtype)
             labels = torch.where(target != ignore_label, target, 0)
-        one_hot = torch.zeros_like(merged).scatter_(1, labels.long(), 1)[:, 1:]
+            weight = weight * (mask.sum(axes) > 0)  # a sample without an annotated voxel says nothing
+        one_hot = torch.zeros_like(log_probabilities).scatter_(1, labels.long(), 1)[:, 1:]
         if mask is not None:
             one_hot = one_hot * mask
         sum_target = one_hot.sum(axes) * weight
@@ -149,7 +171,7 @@ def conditional_entropy(
     *,
     ignore_label: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the entropy inside each voxel's set of possible classes, and where that set is ambiguous.
+    """Return the entropy inside each voxel's set of possible classes, and where it is ambiguous.
 
     Its chain rule: entropy of softmax = entropy of the group probabilities + P(group) times this
     (2.9). It is a softmax restricted to the set, so it cannot fall by moving probability out of it.
@@ -182,16 +204,20 @@ def conditional_entropy(
 
 
 def hard_counts(
-    merged: Tensor, target: Tensor, *, scored: Tensor, ignore_label: int | None = None
+    log_probabilities: Tensor,
+    target: Tensor,
+    *,
+    scored: Tensor,
+    ignore_label: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Count true positive, false positive and false negative voxels where a class was annotated (6.4).
+    """Count true positive, false positive and false negative voxels of annotated classes (6.4).
 
     The prediction is the most probable group, so a class that a source does not annotate is no
     false positive on its background.
 
     Parameters
     ----------
-    merged, target, scored, ignore_label
+    log_probabilities, target, scored, ignore_label
         As in `grouped_dice`.
 
     Returns
@@ -199,13 +225,13 @@ def hard_counts(
     tuple of three Tensor, shape (C - 1,), float32
         Summed over the batch, without the background.
     """
-    prediction = merged.argmax(1, keepdim=True)
-    axes = tuple(range(2, merged.ndim))
+    prediction = log_probabilities.argmax(1, keepdim=True)
+    axes = tuple(range(2, log_probabilities.ndim))
     annotated = torch.ones_like(target, dtype=torch.bool)
     if ignore_label is not None:
         annotated = target != ignore_label
     counts = []
-    for c in range(1, merged.shape[1]):
+    for c in range(1, log_probabilities.shape[1]):
         predicted, true = (prediction == c) & annotated, (target == c) & annotated
         for hits in (predicted & true, predicted & ~true, ~predicted & true):
             counts.append((hits.sum(axes).sum(1) * scored[:, c]).sum().float())
@@ -254,11 +280,11 @@ class GroupedDiceCELoss(nn.Module):
         # Under DDP all processes must take the same branch, because batch Dice sums over them.
         if not (self.ddp and self.batch_dice) and bool((representatives == identity).all()):
             return self.complete_loss(logits, target)  # type: ignore[no-any-return]
-        merged = merge_logits(logits, representatives)
+        log_p = group_log_probabilities(logits, representatives)
         scored = (representatives == identity).to(logits.device)
-        ce = grouped_cross_entropy(merged, target, ignore_label=self.ignore_label, gamma=self.gamma)
+        ce = grouped_cross_entropy(log_p, target, ignore_label=self.ignore_label, gamma=self.gamma)
         dice = grouped_dice(
-            merged,
+            log_p,
             target,
             scored=scored,
             batch_dice=self.batch_dice,

@@ -11,8 +11,8 @@ from nnmosaic.trainers.base import Logits, nnUNetTrainerMosaic
 from nnmosaic.trainers.self_disambiguation.loss import (
     GroupedDiceCELoss,
     conditional_entropy,
+    group_log_probabilities,
     hard_counts,
-    merge_logits,
 )
 
 
@@ -99,7 +99,7 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
         table = self._representatives(batch)
         scored = (table == torch.arange(table.shape[1])).to(self.device)
         counts = hard_counts(
-            merge_logits(logits, table),
+            group_log_probabilities(logits, table),
             target,
             scored=scored,
             ignore_label=self.label_manager.ignore_label,
@@ -109,7 +109,7 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
         return {"loss": loss.detach().cpu().numpy(), **values}
 
     def _representatives(self, batch: dict[str, Any]) -> Tensor:
-        """Return, shape (B, C) on the CPU, the channel that stands for each class in each sample."""
+        """Return, shape (B, C) on the CPU, the channel that stands for each class of a sample."""
         labels = self.dataset.labels
         rows = [self.dataset.source_of(str(key)).representatives(labels) for key in batch["keys"]]
         return torch.tensor(rows)
