@@ -4,11 +4,13 @@ Merging, planning, prediction and ``doctor`` all meet broken files; they all ask
 same fault has the same words everywhere.
 """
 
+import os
 from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -152,7 +154,11 @@ def _read_file(path: Path, reader: BaseReaderWriter) -> tuple[np.ndarray, dict[s
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty (0 bytes). Restore it or remove the case.")
     try:
+        if path.name.endswith((".nii", ".nii.gz")):
+            _check_nifti(path)
         image, properties = reader.read_images([str(path)])
+    except InputError:
+        raise
     except Exception as error:  # readers raise whatever their library raises
         reason = (str(error).strip().splitlines() or ["no reason given"])[-1]
         raise InputError(
@@ -161,6 +167,33 @@ def _read_file(path: Path, reader: BaseReaderWriter) -> tuple[np.ndarray, dict[s
             "type: restore it or remove the case."
         ) from None
     return image, properties
+
+
+def _check_nifti(path: Path) -> None:
+    """Find what ITK hides: it reads NaN and infinity as 0, and fills a cut-off file up with zeros."""
+    image = nibabel.load(path)
+    dtype = image.get_data_dtype()
+    if np.issubdtype(dtype, np.integer) and _has_expected_size(path, image):
+        return
+    voxels = image.dataobj.get_unscaled()  # raises if the file is cut off
+    if not np.isfinite(voxels).all():
+        raise InputError(
+            f"{path}: {np.size(voxels) - int(np.isfinite(voxels).sum())} voxels are NaN or infinite. "
+            "Replace them, for example by the smallest finite value of the image."
+        )
+
+
+def _has_expected_size(path: Path, image: Any) -> bool:
+    """Return whether the uncompressed size is right, from the last 4 bytes of a gzip file (RFC 1952).
+
+    False also for files packed in several parts; these must be read to know.
+    """
+    expected = int(image.dataobj.offset) + int(np.prod(image.shape)) * image.get_data_dtype().itemsize
+    if path.suffix != ".gz":
+        return path.stat().st_size >= expected
+    with path.open("rb") as file:
+        file.seek(-4, os.SEEK_END)
+        return int.from_bytes(file.read(4), "little") == expected % 2**32
 
 
 def _check_geometry(
