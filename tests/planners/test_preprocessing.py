@@ -1,0 +1,106 @@
+"""Fingerprint, plans and arrays against nnU-Net's own, on the same raw data."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+from nnunetv2.experiment_planning import plan_and_preprocess_api as stock
+
+from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.pipeline.plan_and_preprocess import plan_and_preprocess
+from nnmosaic.pipeline.workspace import Workspace, open_workspace
+from nnmosaic.planners.ledger import Ledger, ledger_path
+
+NAME, IDENTIFIER = "Dataset004_Ball", "nnUNetPlans_3d_fullres"
+
+
+@pytest.fixture
+def here(workspace: Path, make_dataset: Callable[..., Path]) -> Workspace:
+    make_dataset(workspace / "nnUNet_raw" / NAME, cases=5)
+    return open_workspace()
+
+
+def arrays(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: blosc2.open(str(path))[:] for path in sorted(folder.glob("*.b2nd"))}
+
+
+def assert_equal_arrays(one: Path, other: Path) -> None:
+    a, b = arrays(one), arrays(other)
+    assert list(a) == list(b)
+    assert len(a) == 10
+    for name, array in a.items():
+        assert array.dtype == b[name].dtype
+        assert np.array_equal(array, b[name]), name
+
+
+@pytest.mark.slow
+def test_fingerprint_plans_and_arrays_equal_nnunets(here: Workspace, tmp_path: Path) -> None:
+    plan_and_preprocess(here, "4", ["3d_fullres"], workers=2)
+    ours = tmp_path / "ours"
+    shutil.move(here.preprocessed / NAME, ours)
+    stock.extract_fingerprint_dataset(4, num_processes=1, show_progress_bar=False)
+    stock.plan_experiment_dataset(4)
+    stock.preprocess_dataset(4, "nnUNetPlans", ["3d_fullres"], [1], show_progress_bar=False)
+    theirs = here.preprocessed / NAME
+
+    def read(folder: Path, name: str) -> dict[str, object]:
+        return json.loads((folder / name).read_text())
+
+    fingerprint = read(ours, "dataset_fingerprint.json")
+    del fingerprint["nnmosaic_inputs"]
+    assert fingerprint == read(theirs, "dataset_fingerprint.json")
+    assert read(ours, "nnUNetPlans.json") == read(theirs, "nnUNetPlans.json")
+    assert_equal_arrays(ours / IDENTIFIER, theirs / IDENTIFIER)
+    references = sorted(path.name for path in (theirs / "gt_segmentations").iterdir())
+    assert sorted(path.name for path in (ours / "gt_segmentations").iterdir()) == references
+
+
+@pytest.mark.slow
+def test_only_what_changed_is_done_again(here: Workspace) -> None:
+    plan_and_preprocess(here, "4", ["3d_fullres"], workers=1)
+    folder = here.preprocessed / NAME / IDENTIFIER
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    (folder / "case01.b2nd").unlink()
+    (folder / "stray.b2nd").write_text("a killed run left this")
+    os.utime(here.raw / NAME / "imagesTr" / "case02_0000.nii.gz", (1, 1))
+    plan_and_preprocess(here, "4", ["3d_fullres"], workers=1)
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert set(after) == set(before)
+    again = {name.split(".")[0].removesuffix("_seg") for name in after if after[name] != before[name]}
+    assert again == {"case01", "case02"}
+    assert Ledger(ledger_path(folder)).missing() == []
+
+
+@pytest.mark.slow
+def test_the_cpu_plan_is_small_and_says_how_to_train(here: Workspace) -> None:
+    plans = plan_and_preprocess(here, "4", ["3d_fullres"], device="cpu", workers=1)
+    configuration = plans["configurations"]["3d_fullres"]
+    assert configuration["architecture"]["arch_kwargs"]["features_per_stage"][0] == 8
+    assert configuration["batch_size"] == 2
+    assert plans["nnmosaic"]["budget"] == {"device": "cpu"}
+    assert plans["nnmosaic"]["run_settings"]["optimizer"] == "adamw"
+    plans = plan_and_preprocess(here, "4", ["3d_fullres"], memory_gb=3, workers=1)
+    configuration = plans["configurations"]["3d_fullres"]
+    assert configuration["architecture"]["arch_kwargs"]["features_per_stage"][0] == 16
+    assert plans["nnmosaic"] == {"budget": {"memory_gb": 3}, "run_settings": {}}
+
+
+@pytest.mark.slow
+def test_a_broken_case_stops_before_anything_is_planned(here: Workspace) -> None:
+    (here.raw / NAME / "labelsTr" / "case03.nii.gz").write_bytes(b"")
+    with pytest.raises(InputError, match=r"case03\.nii\.gz is empty"):
+        plan_and_preprocess(here, "4", ["3d_fullres"], workers=1)
+    assert list((here.preprocessed / NAME).iterdir()) == []
+
+
+@pytest.mark.slow
+def test_unknown_planner_and_configuration_are_refused(here: Workspace) -> None:
+    with pytest.raises(InputError, match="no planner 'NoPlanner'"):
+        plan_and_preprocess(here, "4", ["3d_fullres"], planner="NoPlanner", workers=1)
+    with pytest.raises(InputError, match="None of \\['3d_lowres'\\] is in"):
+        plan_and_preprocess(here, "4", ["3d_lowres"], workers=1)
