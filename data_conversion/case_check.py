@@ -66,17 +66,14 @@ def read_image(
     if image.shape[0] != num_channels:
         raise InputError(
             f"{case.images[0]} holds {image.shape[0]} images (a 4D or colour file), but "
-            "dataset.json "
-            f"declares {num_channels} channel(s). Save each volume to a file of its own, "
-            "CASE_0000, "
-            "CASE_0001, ..., or declare the channels."
+            f"dataset.json declares {num_channels} channel(s). Save each volume to a file of its "
+            "own, CASE_0000, CASE_0001, ..., or declare the channels."
         )
     if not np.isfinite(image).all():
         count = int(np.size(image) - np.isfinite(image).sum())
         raise InputError(
             f"{case.images[0]}: {count} voxels are NaN or infinite. Replace them, for example by "
-            "the "
-            "smallest finite value of the image."
+            "the smallest finite value of the image."
         )
     return image, properties
 
@@ -129,8 +126,7 @@ def read_label(
         allowed = "whole numbers from 0" if legal is None else sorted(legal)
         raise InputError(
             f"{case.label} holds the label value {wrong[0]:g}, which this case may not have "
-            "(allowed: "
-            f"{allowed}). Correct the file, or declare the label in dataset.json."
+            f"(allowed: {allowed}). Correct the file, or declare the label in dataset.json."
         )
     return label
 
@@ -163,37 +159,37 @@ def _read_file(path: Path, reader: BaseReaderWriter) -> tuple[np.ndarray, dict[s
         reason = (str(error).strip().splitlines() or ["no reason given"])[-1]
         raise InputError(
             f"{path} cannot be read as an image ({reason}). The file may be cut off or be of "
-            "another "
-            "type: restore it or remove the case."
+            "another type: restore it or remove the case."
         ) from None
     return image, properties
 
 
 def _check_nifti(path: Path) -> None:
-    """Find what ITK hides: it reads NaN and infinity as 0, and fills a cut-off file up with zeros."""
-    image = nibabel.load(path)
+    """Find what ITK hides: it reads NaN and infinity as 0, and fills cut-off files with zeros."""
+    image: Any = nibabel.load(path)
     dtype = image.get_data_dtype()
     if np.issubdtype(dtype, np.integer) and _has_expected_size(path, image):
         return
     voxels = image.dataobj.get_unscaled()  # raises if the file is cut off
     if not np.isfinite(voxels).all():
         raise InputError(
-            f"{path}: {np.size(voxels) - int(np.isfinite(voxels).sum())} voxels are NaN or infinite. "
+            f"{path}: {int((~np.isfinite(voxels)).sum())} voxels are NaN or infinite. "
             "Replace them, for example by the smallest finite value of the image."
         )
 
 
 def _has_expected_size(path: Path, image: Any) -> bool:
-    """Return whether the uncompressed size is right, from the last 4 bytes of a gzip file (RFC 1952).
+    """Return whether the uncompressed size is right; gzip files end with it (RFC 1952).
 
     False also for files packed in several parts; these must be read to know.
     """
-    expected = int(image.dataobj.offset) + int(np.prod(image.shape)) * image.get_data_dtype().itemsize
+    values = int(np.prod(image.shape)) * image.get_data_dtype().itemsize
+    expected = int(image.dataobj.offset) + values
     if path.suffix != ".gz":
-        return path.stat().st_size >= expected
+        return bool(path.stat().st_size >= expected)
     with path.open("rb") as file:
         file.seek(-4, os.SEEK_END)
-        return int.from_bytes(file.read(4), "little") == expected % 2**32
+        return bool(int.from_bytes(file.read(4), "little") == expected % 2**32)
 
 
 def _check_geometry(

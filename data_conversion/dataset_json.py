@@ -83,10 +83,9 @@ class PartialLabels:
         if self.unmatched_is_complete:
             return complete(labels)
         raise InputError(
-            f"dataset.json: case {case!r} belongs to no source of partial_labels. Add it to a "
-            "source's "
-            '"cases" or "pattern", or set "unmatched": "complete" if all classes are annotated '
-            "in it."
+            f"dataset.json: case {case!r} belongs to no source of partial_labels. Add it to "
+            "the 'cases' or the 'pattern' of a source, or set 'unmatched' to 'complete' if all "
+            "classes are annotated in it."
         )
 
     def _source_of(self, case: str) -> str | None:
@@ -196,8 +195,7 @@ def parse_dataset_json(content: Any, *, where: str = "dataset.json") -> DatasetJ
     if declared is not None and has_regions:
         raise InputError(
             f"{where}: partial_labels needs exclusive classes, but labels hold overlapping "
-            "regions. "
-            'Say what a source merges in its "merged" entry instead.'
+            "regions. Say what a source merges in its 'merged' entry instead."
         )
     return DatasetJson(
         channel_names={str(k): str(v) for k, v in channels.items()},

@@ -116,8 +116,8 @@ def _duplicates(cases: list[Case], digests: list[str], dataset: DatasetJson) -> 
             yield Finding(
                 True,
                 f"{case.images[0]} and {other.images[0]} hold the same voxels, but count as "
-                "different "
-                'subjects: folds would leak. Remove one, or give both one subject in "subjects".',
+                "different subjects: folds would leak. Remove one, or give both one subject in "
+                "'subjects' of dataset.json.",
             )
 
 

@@ -169,9 +169,8 @@ def merge_sources(sources: Sequence[Source], target: Path, *, copy_images: bool)
 def matrix_warnings(matrix: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     """Return what a user should know before training on this class x source matrix (spec 6.5)."""
     warnings = [
-        f"Class {name!r} occurs in no case of a source that annotates it, so it can never be "
-        "told from "
-        "background. Add cases that show it, or remove the class."
+        f"Class {name!r} occurs in no case of a source that annotates it, so it can never be told "
+        "from background. Add cases that show it, or remove the class."
         for name, row in matrix.items()
         if not any(cell["annotated"] != "no" and cell["present"] for cell in row.values())
     ]
@@ -179,8 +178,7 @@ def matrix_warnings(matrix: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> li
     if all(any(row[source]["annotated"] != "yes" for row in matrix.values()) for source in sources):
         warnings.append(
             "No source annotates every class, so pure background is never labelled: false "
-            "positives of a "
-            "class are only corrected in the sources that annotate it."
+            "positives of a class are only corrected in the sources that annotate it."
         )
     return warnings
 
@@ -224,8 +222,7 @@ def _check_agreement(first: Source, other: Source) -> None:
         if key(first) != key(other):
             raise InputError(
                 f"{other.folder.name} and {first.folder.name} differ in {what}: {key(other)} "
-                "against "
-                f"{key(first)}. Convert or rename so that they agree."
+                f"against {key(first)}. Convert or rename so that they agree."
             )
 
 
@@ -283,7 +280,7 @@ def _write_cases(
 def _write_case(
     source: Source, case: Case, *, merged: DatasetJson, building: Path, copy_images: bool
 ) -> dict[int, int]:
-    """Link the images of a case, write its label map in target integers, and count voxels per class."""
+    """Link a case's images, write its label map in target integers, and count its voxels."""
     reader = reader_of(source.dataset)
     image, properties = read_image(case, reader, num_channels=len(source.dataset.channel_names))
     legal = source.dataset.legal_values(case.identifier)

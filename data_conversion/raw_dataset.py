@@ -37,8 +37,7 @@ def dataset_name(identifier: int, name: str) -> str:
     if not name or name.strip() != name or name.startswith(".") or re.search(r"[/\\\0\n]", name):
         raise InputError(
             f"{name!r} cannot be a dataset name: it must not be empty, begin with a dot or a "
-            "space, or "
-            "hold a slash, a backslash or a line break."
+            "space, or hold a slash, a backslash or a line break."
         )
     return f"Dataset{identifier:03d}_{name}"
 
@@ -79,8 +78,7 @@ def find_dataset(roots: Sequence[Path], identifier: str) -> str:
     if len(found) > 1:
         raise InputError(
             f"The id {identifier} belongs to several datasets: {', '.join(sorted(found))} (in "
-            f"{where}). "
-            "Rename or remove all but one."
+            f"{where}). Rename or remove all but one."
         )
     return found.pop()
 
@@ -159,8 +157,7 @@ def training_cases(folder: Path, dataset: DatasetJson) -> list[Case]:
     if missing:
         raise InputError(
             f"{missing[0]} does not exist ({len(missing)} of {len(cases)} cases have no label "
-            "file). "
-            "Add the label files, or move these images to imagesTs."
+            "file). Add the label files, or move these images to imagesTs."
         )
     return cases
 

@@ -60,7 +60,7 @@ def _message(error: Exception) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nnmosaic",
-        description="One segmentation model from annotations that do not fit together, on nnU-Net v2.",
+        description="One nnU-Net v2 model from annotations that do not fit together.",
     )
     parser.add_argument("--version", action="version", version=f"nnmosaic {version('nnmosaic')}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
@@ -281,6 +281,9 @@ def _predict(commands: Any) -> None:
         "-step_size", type=_positive_float, default=0.5, help="default: %(default)s"
     )
     parser.add_argument(
+        "-prev_stage_predictions", type=Path, metavar="FOLDER", help="for a cascade"
+    )
+    parser.add_argument(
         "-np", type=_positive, metavar="N", help="workers for preprocessing and export"
     )
     parser.add_argument(
@@ -296,9 +299,9 @@ def _do_predict(options: argparse.Namespace) -> int:
     from nnmosaic.pipeline.predict import predict
     from nnmosaic.pipeline.train import model_folder
 
-    workspace = None if options.m else open_workspace(options.workspace)
-    if workspace is not None and not (options.d and options.c):
+    if not options.m and not (options.d and options.c):
         raise InputError("predict needs -d and -c, or the model folder with -m.")
+    workspace = open_workspace(options.workspace)
     model = options.m or model_folder(workspace, options.d, options.c, options.tr, options.p)
     failures = predict(
         options.i,

@@ -6,7 +6,6 @@ import torch
 
 from nnmosaic.data_conversion.errors import InputError
 
-
 FEW_CORES = 4
 """Up to here the network needs every core: augmentation in further processes slows it down (on 2
 cores a step took 0.33 s with two of them, 0.27 s without)."""

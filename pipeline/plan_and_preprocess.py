@@ -68,6 +68,7 @@ def plan_and_preprocess(
         preprocessed.mkdir(parents=True, exist_ok=True)
 
         _fingerprint(cases, dataset, preprocessed, pool)
+        plans: dict[str, Any]
         plans, output = pool.submit(
             call,
             "plan",

@@ -134,17 +134,15 @@ class _Run:
                         data, properties = prepared.result()
                         logits = self.predictor.predict_logits_from_preprocessed_data(data).numpy()
                         written.append((case, writers.submit(self.write, case, logits, properties)))
-                        if (
-                            len(written) > 2 * workers
-                        ):  # do not collect logits faster than they leave
+                        if len(written) > 2 * workers:  # logits must not pile up
                             written[-2 * workers][1].exception()
                     except Exception as error:
                         self._fail(case, error, failures)
                     advance(case.identifier)
                 for case, future in written:
-                    error = future.exception()
-                    if error is not None:
-                        self._fail(case, error, failures)
+                    reason = future.exception()
+                    if reason is not None:
+                        self._fail(case, reason, failures)
         finally:
             shutil.rmtree(self.partial, ignore_errors=True)
         return failures

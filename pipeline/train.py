@@ -132,8 +132,7 @@ def _checkpoint(folder: Path, *, resume: bool, only_validate: bool) -> Path | No
     if found and not resume:
         raise InputError(
             f"{found[0]} exists, and training anew would overwrite it. Pass --c to continue, or "
-            "move "
-            f"{folder} away."
+            f"move {folder} away."
         )
     return found[0] if resume else None
 

@@ -14,6 +14,9 @@ VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 DEFAULT = "nnmosaic_data"
 
 
+_opened: dict[str, "Workspace"] = {}
+
+
 @dataclass(frozen=True)
 class Workspace:
     """The three folders of nnU-Net."""
@@ -43,6 +46,8 @@ def open_workspace(folder: Path | None = None) -> Workspace:
     ------
     InputError
         If a folder cannot be created or written to.
+    RuntimeError
+        If this process has opened another workspace: nnU-Net reads the variables only once.
     """
     if folder is None and not all(os.environ.get(name) for name in VARIABLES):
         unset = [name for name in VARIABLES if not os.environ.get(name)]
@@ -59,8 +64,15 @@ def open_workspace(folder: Path | None = None) -> Workspace:
         except OSError as error:
             raise InputError(
                 f"{path} cannot be created ({error.strerror}). Give a folder that you can write "
-                "to: "
-                f"--workspace FOLDER, or the variable {name}."
+                f"to: --workspace FOLDER, or the variable {name}."
             ) from None
+        if not os.access(path, os.W_OK):
+            raise InputError(f"{path} is read-only. Choose another folder with --workspace FOLDER.")
+    for name, path in zip(VARIABLES, paths, strict=True):
         os.environ[name] = str(path)
-    return Workspace(*paths)
+    workspace = Workspace(*paths)
+    if _opened.setdefault("workspace", workspace) != workspace:
+        raise RuntimeError(
+            f"This process uses {_opened['workspace'].raw}; start another one for {workspace.raw}."
+        )
+    return workspace

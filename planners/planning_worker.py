@@ -52,6 +52,10 @@ def plan(
     planner_class = ExperimentPlanner if planner is None else _nnunet_planner(planner)
     if planner is None and small:
         planner_class, options["device"] = SmallMachinePlanner, device or "cuda"
+    if os.environ.get("nnUNet_n_proc_DA") == "0":
+        # nnU-Net's planners pass the number to torch.set_num_threads, which refuses 0. They run in
+        # a worker process, so the setting of the command itself stays.
+        os.environ["nnUNet_n_proc_DA"] = "1"
     with contextlib.redirect_stdout(io.StringIO()) as output:
         plans: dict[str, Any] = planner_class(dataset_name, **options).plan_experiment()
     return plans, output.getvalue()
@@ -86,11 +90,8 @@ def preprocess_case(
         configuration_manager,
         dataset_json,
     )
-    for suffix in SUFFIXES:
-        os.replace(
-            Path(scratch) / f"{case.identifier}{suffix}",
-            Path(folder) / f"{case.identifier}{suffix}",
-        )
+    for name in (f"{case.identifier}{suffix}" for suffix in SUFFIXES):
+        (Path(scratch) / name).replace(Path(folder) / name)
 
 
 @lru_cache(maxsize=2)

@@ -79,7 +79,7 @@ def preprocess_configuration(
 
 
 def copy_references(cases: Sequence[Case], folder: Path, file_ending: str) -> None:
-    """Copy new or changed label files to ``folder`` (``gt_segmentations``), for the final validation."""
+    """Copy new or changed label files to ``folder`` (``gt_segmentations``), for validation."""
     folder.mkdir(parents=True, exist_ok=True)
     for case in cases:
         target = folder / f"{case.identifier}{file_ending}"

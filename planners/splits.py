@@ -33,9 +33,8 @@ def make_splits(cases: Sequence[str], dataset: DatasetJson) -> Splits:
     subjects = [dataset.subject_of(case) for case in names]
     if len(set(subjects)) < NUM_FOLDS:
         raise InputError(
-            f"{len(set(subjects))} subjects cannot make {NUM_FOLDS} folds. Train with fold "
-            "'all', or "
-            "write splits_final.json yourself."
+            f"{len(set(subjects))} subjects cannot make {NUM_FOLDS} folds. Train with fold 'all', "
+            "or write splits_final.json yourself."
         )
     if dataset.partial_labels is None and not dataset.subjects:
         stock: Splits = generate_crossval_split(names, seed=SEED, n_splits=NUM_FOLDS)

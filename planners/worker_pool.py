@@ -14,6 +14,8 @@ from multiprocessing import forkserver
 from typing import Any
 
 WORKER_MODULE = "nnmosaic.planners.planning_worker"
+MAX_SUSPECTS = 8
+"""Cases named when a worker dies: it was one of the first that are not done."""
 
 
 @contextmanager
@@ -66,11 +68,11 @@ def run_cases(
             unfinished.pop(futures[future])
             yield futures.pop(future), result
     except BrokenProcessPool:
-        suspects = ", ".join(list(unfinished)[: pool._max_workers])
+        suspects = ", ".join(list(unfinished)[:MAX_SUSPECTS])
         raise RuntimeError(
             f"A worker process died while it worked on one of: {suspects}. Most often the memory "
-            "was "
-            "full. Run the same command again with fewer workers (-np); finished cases are kept."
+            "was full. Run the same command again with fewer workers (-np); finished cases are "
+            "kept."
         ) from None
     finally:
         for future in futures:

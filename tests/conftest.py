@@ -2,29 +2,35 @@
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
+import SimpleITK
 
-os.environ.setdefault("nnUNet_def_n_proc", "2")
-os.environ.setdefault("nnUNet_n_proc_DA", "0")
+# nnU-Net reads its variables once, when it is imported: all tests share one workspace.
+WORKSPACE = Path(tempfile.mkdtemp(prefix="nnmosaic_tests_"))
+FOLDERS = [WORKSPACE / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")]
+os.environ.update({folder.name: str(folder) for folder in FOLDERS})
+os.environ["nnUNet_def_n_proc"] = "2"
+os.environ["nnUNet_n_proc_DA"] = "0"
 
 SHAPE = (20, 24, 22)
 SPACING = (1.0, 1.25, 0.8)
 
 
 def save_image(path: Path, array: np.ndarray, **geometry: Any) -> None:
-    image = sitk.GetImageFromArray(array)
+    image = SimpleITK.GetImageFromArray(array)
     if array.ndim == 3:
         image.SetSpacing(geometry.get("spacing", SPACING))
         image.SetOrigin(geometry.get("origin", (3.0, -2.0, 5.0)))
         image.SetDirection(geometry.get("direction", (1, 0, 0, 0, 1, 0, 0, 0, 1)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(image, str(path), True)
+    SimpleITK.WriteImage(image, str(path), True)
 
 
 def synthetic_case(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +54,7 @@ def save() -> Callable[..., None]:
 
 @pytest.fixture
 def make_dataset() -> Callable[..., Path]:
-    """Return a function that writes a raw dataset; ``labels`` maps names to values 1 (bright), 2."""
+    """Return a function that writes a raw dataset; ``labels``: name -> 1 (bright) or 2."""
 
     def make(
         folder: Path,
@@ -81,9 +87,9 @@ def make_dataset() -> Callable[..., Path]:
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a workspace folder that nnU-Net's variables point to."""
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(name, str(tmp_path / name))
-    return tmp_path
+def workspace() -> Iterator[Path]:
+    """Return a folder with the empty folders that nnU-Net's variables point to."""
+    for folder in FOLDERS:
+        folder.mkdir(parents=True)
+    yield WORKSPACE
+    shutil.rmtree(WORKSPACE)

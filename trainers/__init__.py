@@ -4,4 +4,4 @@ TRAINERS = {
     "nnUNetTrainerMosaic": "nnmosaic.trainers.base",
     "nnUNetTrainerSelfDisambiguation": "nnmosaic.trainers.self_disambiguation.trainer",
 }
-"""Trainer class -> module. Names are an on-disk interface: results folders and checkpoints hold them."""
+"""Trainer class -> module. The names are in results folders and checkpoints: do not change them."""

@@ -4,14 +4,13 @@ Methods override two hooks of `train_step`: what a label means (`segmentation_lo
 come on top (`auxiliary_losses`). With neither, weights and losses equal nnU-Net's bit for bit.
 """
 
-import os
 import random
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from nnmosaic.trainers.masked_evaluation import evaluate_folder
 GRADIENT_NORM_LIMIT = 12
 """nnU-Net's."""
 
-Logits = Tensor | list[Tensor]
+Logits: TypeAlias = Tensor | list[Tensor]
 
 
 class TrainingStoppedError(RuntimeError):
@@ -74,9 +73,15 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         "continue_training" and is not changed.
     """
 
+    num_epochs: int
+    num_iterations_per_epoch: int
+    num_val_iterations_per_epoch: int
+    save_every: int
+    dataset_class: Any
+
     seconds_between_checkpoints: float = 600.0
     adamw_initial_lr: float = 1e-3
-    """AdamW's rate where neither the plans nor the command give one (as nnU-Net's Adam variants)."""
+    """AdamW's rate where neither plans nor command give one (that of nnU-Net's Adam variants)."""
 
     def __init__(
         self,
@@ -196,7 +201,7 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         batch : dict
             As the data loader made it: "keys" are the case identifiers of the samples.
         """
-        return self.loss(logits, target)  # type: ignore[no-any-return]
+        return self.loss(logits, target)
 
     def auxiliary_losses(self, batch: dict[str, Any], logits: Logits) -> dict[str, Tensor]:
         """Return further, weighted loss terms by name: the hook for extra passes and regularisers.
@@ -339,20 +344,20 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
             if stored.given().get(name) != value:
                 raise InputError(
                     f"{filename} was trained with --{name} {stored.given().get(name)}, not "
-                    f"{value}. Leave "
-                    f"the flag out to go on as before, or train anew in another folder."
+                    f"{value}. Leave the flag out to go on as before, or train anew in another "
+                    "folder."
                 )
         self.run_settings = stored
 
     def request_settings(self, settings: RunSettings) -> None:
-        """Take the settings of a command; they go before those of the plans. Call before training."""
+        """Take the settings of a command, which go before those of the plans; before training."""
         self._requested_settings = settings
         self.run_settings = settings.over(self.run_settings)
 
     # ---------------------------------------------------------------- folds and final validation
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """Return training and validation cases; new folds are grouped by subject, by source balanced."""
+        """Return training and validation cases; new folds keep subjects together."""
         if self.fold != "all":
             path = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
             if not path.exists():
@@ -379,7 +384,7 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         folder = Path(self.output_folder) / "validation"
         references = Path(self.preprocessed_dataset_folder_base) / "gt_segmentations"
         summary = evaluate_folder(references, folder, self.dataset, allow_missing=True)
-        os.replace(folder / "summary.json", folder / "summary_raw.json")
+        (folder / "summary.json").replace(folder / "summary_raw.json")
         write_json(summary, folder / "summary.json")
         self.print_to_log_file("Where annotated:", also_print_to_console=True)
         for label, name in summary["labels"].items():

@@ -21,7 +21,7 @@ _NUMPY_SCALARS = [
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of nnU-Net or nnMosaic to the CPU. Only tensors and plain values are accepted.
+    """Read a checkpoint of nnU-Net or nnMosaic to the CPU; only tensors and plain values pass.
 
     Raises
     ------
@@ -36,9 +36,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises whatever it meets in the file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{path} cannot be read as a checkpoint ({reason}). It may be damaged, or hold "
-            "objects that "
-            "would run code when loaded: use another checkpoint of this training."
+            f"{path} cannot be read as a checkpoint ({reason}). It may be damaged, or hold objects "
+            "that would run code when loaded: use another checkpoint of this training."
         ) from None
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
         raise InputError(f"{path} is no checkpoint of nnU-Net: it has no network weights.")

@@ -31,6 +31,6 @@ def trainer_class(name: str) -> type[nnUNetTrainer]:
         known = ", ".join([*TRAINERS, nnUNetTrainer.__name__])
         raise InputError(
             f"The trainer {name!r} was not found by nnU-Net ({str(error).splitlines()[0]}). "
-            "nnMosaic "
-            f"has {known}. If the message is about torchvision, install the build that fits torch."
+            f"nnMosaic has {known}. If the message is about torchvision, install the build that "
+            "fits torch."
         ) from None

@@ -49,8 +49,7 @@ def evaluate_folder(
     if missing and not allow_missing:
         raise InputError(
             f"{predictions / missing[0]} does not exist ({len(missing)} of {len(present)} "
-            "references have "
-            "no prediction). Predict the rest, or pass --chill to leave them out."
+            "references have no prediction). Predict the rest, or pass --chill to leave them out."
         )
     names = [name for name in predicted if name in present]
     if not names:
@@ -68,7 +67,7 @@ def summarise(cases: Sequence[Mapping[str, Any]], dataset: DatasetJson) -> dict[
     keys.sort(key=lambda key: (key.startswith("("), int(key) if key.isdecimal() else 0, key))
     mean = _means(cases, keys)
     classes = [key for key in keys if not key.startswith("(") and _count(cases, key) > 0]
-    summary = {
+    summary: dict[str, Any] = {
         "foreground_mean": _mean_of(mean[key] for key in classes),
         "mean": mean,
         "metric_per_case": [dict(case) for case in cases],

@@ -8,6 +8,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor
 
 from nnmosaic.data_conversion.atomic_write import read_json
 from nnmosaic.data_conversion.errors import InputError
@@ -24,7 +25,7 @@ class MosaicPredictor(nnUNetPredictor):
 
     def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
         if self.device.type != "cpu" or not (self.use_mirroring and self.allowed_mirroring_axes):
-            return super()._internal_maybe_mirror_and_predict(x)  # type: ignore[no-any-return]
+            return super()._internal_maybe_mirror_and_predict(x)
         spatial = [axis + 2 for axis in self.allowed_mirroring_axes]
         flips = [c for n in range(len(spatial) + 1) for c in itertools.combinations(spatial, n)]
         total = torch.zeros(())
@@ -75,10 +76,8 @@ def load_predictor(
         )
     checkpoints = [read_checkpoint(model / f"fold_{fold}" / checkpoint) for fold in folds]
     first = checkpoints[0]
-    plans, dataset_json = (
-        PlansManager(read_json(model / "plans.json")),
-        read_json(model / "dataset.json"),
-    )
+    plans = PlansManager(read_json(model / "plans.json"))
+    dataset_json = read_json(model / "dataset.json")
     configuration = plans.get_configuration(first["init_args"]["configuration"])
     network = trainer_class(first["trainer_name"]).build_network_architecture(
         plans,

@@ -12,7 +12,7 @@ import json
 import shutil
 from pathlib import Path
 
-import SimpleITK as sitk
+import SimpleITK
 
 LABELS = {"anterior": 1, "posterior": 2}
 SOURCES = {"Dataset011_Anterior": "anterior", "Dataset012_Posterior": "posterior"}
@@ -61,12 +61,12 @@ def _write(
         shutil.copyfile(
             data / "imagesTr" / f"{case}.nii.gz", target / folders[0] / f"{case}_0000.nii.gz"
         )
-        full = sitk.ReadImage(str(data / "labelsTr" / f"{case}.nii.gz"), sitk.sitkUInt8)
-        kept = sitk.Image(full.GetSize(), sitk.sitkUInt8)
+        full = SimpleITK.ReadImage(str(data / "labelsTr" / f"{case}.nii.gz"), SimpleITK.sitkUInt8)
+        kept = SimpleITK.Image(full.GetSize(), SimpleITK.sitkUInt8)
         kept.CopyInformation(full)
         for name, value in labels.items():
-            kept += sitk.Cast(full == LABELS[name], sitk.sitkUInt8) * value
-        sitk.WriteImage(kept, str(target / folders[1] / f"{case}.nii.gz"), useCompression=True)
+            kept += SimpleITK.Cast(full == LABELS[name], SimpleITK.sitkUInt8) * value
+        SimpleITK.WriteImage(kept, str(target / folders[1] / f"{case}.nii.gz"), useCompression=True)
     content = {
         "channel_names": {"0": "T1"},
         "labels": {"background": 0, **labels},

@@ -85,10 +85,10 @@ def test_illegal_label_values(folder: Path, save: Callable[..., None], value: fl
 
 
 def test_four_dimensional_image(folder: Path) -> None:
-    import SimpleITK as sitk
+    import SimpleITK
 
-    volumes = [sitk.GetImageFromArray(ONES) for _ in range(2)]
-    sitk.WriteImage(sitk.JoinSeries(volumes), str(folder / IMAGE))
+    volumes = [SimpleITK.GetImageFromArray(ONES) for _ in range(2)]
+    SimpleITK.WriteImage(SimpleITK.JoinSeries(volumes), str(folder / IMAGE))
     with pytest.raises(InputError, match="holds 2 images"):
         check(folder)
 
@@ -99,10 +99,10 @@ def test_channels_on_different_grids(
     folder = make_dataset(tmp_path / "two", cases=1, channel_names={"0": "T1", "1": "T2"})
     second = folder / "imagesTr" / "case00_0001.nii.gz"
     save(second, ONES[:-1])
-    with pytest.raises(InputError, match="case00_0001.nii.gz has the shape"):
+    with pytest.raises(InputError, match=r"case00_0001\.nii\.gz has the shape"):
         check(folder)
     save(second, ONES, spacing=(2.0, 2.0, 2.0))
-    with pytest.raises(InputError, match="case00_0001.nii.gz has another spacing"):
+    with pytest.raises(InputError, match=r"case00_0001\.nii\.gz has another spacing"):
         check(folder)
     save(second, ONES)
     check(folder)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
+import SimpleITK
 
 from nnmosaic.data_conversion.dataset_json import read_dataset_json
 from nnmosaic.data_conversion.errors import InputError
@@ -20,7 +20,7 @@ MakeDataset = Callable[..., Path]
 
 
 def array(path: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
 
 
 @pytest.fixture

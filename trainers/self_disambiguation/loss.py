@@ -30,8 +30,8 @@ def group_log_probabilities(logits: Tensor, representatives: Tensor) -> Tensor:
     Returns
     -------
     Tensor, shape (B, C, *spatial), float32 or float64
-        Sums to 1 over channels after exp. Channels that stand for no group are ``-inf``: probability
-        and gradient 0.
+        Sums to 1 over channels after exp. Channels that stand for no group are ``-inf``:
+        probability and gradient 0.
 
     Raises
     ------
@@ -146,7 +146,8 @@ def grouped_dice(
         if ignore_label is not None:
             mask = (target != ignore_label).to(probabilities.dtype)
             labels = torch.where(target != ignore_label, target, 0)
-            weight = weight * (mask.sum(axes) > 0)  # a sample without an annotated voxel says nothing
+            # A sample without an annotated voxel says nothing.
+            weight = weight * (mask.sum(axes) > 0)
         one_hot = torch.zeros_like(log_probabilities).scatter_(1, labels.long(), 1)[:, 1:]
         if mask is not None:
             one_hot = one_hot * mask
@@ -279,7 +280,7 @@ class GroupedDiceCELoss(nn.Module):
         identity = torch.arange(representatives.shape[1])
         # Under DDP all processes must take the same branch, because batch Dice sums over them.
         if not (self.ddp and self.batch_dice) and bool((representatives == identity).all()):
-            return self.complete_loss(logits, target)  # type: ignore[no-any-return]
+            return self.complete_loss(logits, target)
         log_p = group_log_probabilities(logits, representatives)
         scored = (representatives == identity).to(logits.device)
         ce = grouped_cross_entropy(log_p, target, ignore_label=self.ignore_label, gamma=self.gamma)

@@ -41,7 +41,7 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
     def _build_loss(self) -> nn.Module:
         loss = super()._build_loss()
         if self.dataset.partial_labels is None:
-            return loss  # type: ignore[no-any-return]
+            return loss
         inner = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
         grouped = GroupedDiceCELoss(
             inner,
@@ -62,7 +62,7 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
             return super().segmentation_loss(logits, target, batch)
         table = self._representatives(batch)
         levels = [table] * len(logits) if isinstance(logits, list | tuple) else table
-        return self.loss(logits, target, levels)  # type: ignore[no-any-return]
+        return self.loss(logits, target, levels)
 
     def auxiliary_losses(self, batch: dict[str, Any], logits: Logits) -> dict[str, Tensor]:
         """Add the conditional entropy at full resolution, where it is switched on."""

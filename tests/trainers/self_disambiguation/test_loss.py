@@ -1,4 +1,4 @@
-"""The properties T1 to T17 and the golden numbers of methods/self_disambiguation.md, 6.6 and 6.8."""
+"""Properties T1 to T17 and golden numbers of methods/self_disambiguation.md, 6.6 and 6.8."""
 
 import math
 
@@ -53,7 +53,9 @@ def nnunet_loss(*, batch_dice: bool, ignore: int | None = None) -> DC_and_CE_los
     )
 
 
-def our_loss(*, batch_dice: bool, ignore: int | None = None, gamma: float = 0.0) -> GroupedDiceCELoss:
+def our_loss(
+    *, batch_dice: bool, ignore: int | None = None, gamma: float = 0.0
+) -> GroupedDiceCELoss:
     return GroupedDiceCELoss(
         nnunet_loss(batch_dice=batch_dice, ignore=ignore),
         batch_dice=batch_dice,
@@ -65,7 +67,7 @@ def our_loss(*, batch_dice: bool, ignore: int | None = None, gamma: float = 0.0)
 def slow_loss(
     logits: np.ndarray, target: np.ndarray, table: np.ndarray, *, batch_dice: bool
 ) -> tuple[float, float]:
-    """Return cross-entropy and Dice term, written with loops over voxels and merged probabilities."""
+    """Return cross-entropy and Dice, written with loops over voxels and merged probabilities."""
     nll, sums = [], {}
     for b in range(len(logits)):
         for v in np.ndindex(logits.shape[2:]):
@@ -125,17 +127,13 @@ def test_golden_batch_dice_per_class_and_mean() -> None:
     assert per_class == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("batch_dice", "expected"), [(True, 1.5016847738), (False, 1.4953357582)]
-)
+@pytest.mark.parametrize(("batch_dice", "expected"), [(True, 1.5016847738), (False, 1.4953357582)])
 def test_golden_total(batch_dice: bool, expected: float) -> None:
     value = our_loss(batch_dice=batch_dice)(golden_logits(), golden_target(), PARTIAL)
     assert value.item() == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("batch_dice", "expected"), [(True, 2.2931444645), (False, 2.2929902077)]
-)
+@pytest.mark.parametrize(("batch_dice", "expected"), [(True, 2.2931444645), (False, 2.2929902077)])
 def test_golden_complete_is_plain_nnunet(batch_dice: bool, expected: float) -> None:
     z, y = golden_logits().float(), golden_target(COMPLETE)
     value = our_loss(batch_dice=batch_dice)(z, y, COMPLETE)
@@ -164,9 +162,7 @@ def test_golden_annotated_planes() -> None:
     log_p = group_log_probabilities(golden_logits(), PARTIAL)
     value = grouped_cross_entropy(log_p, y, ignore_label=IGNORE)
     assert value.item() == pytest.approx(1.7679792738, abs=1e-9)
-    value = grouped_dice(
-        log_p, y, scored=PARTIAL == IDENTITY, batch_dice=True, ignore_label=IGNORE
-    )
+    value = grouped_dice(log_p, y, scored=PARTIAL == IDENTITY, batch_dice=True, ignore_label=IGNORE)
     assert -value.item() == pytest.approx(0.1420527382, abs=1e-9)
 
 
