@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nnmosaic.pipeline.plan_and_preprocess import plan_and_preprocess
 from nnmosaic.pipeline.predict import predict
-from nnmosaic.pipeline.train import RESUMABLE, model_folder, train
+from nnmosaic.pipeline.train import model_folder, train
 from nnmosaic.pipeline.workspace import Workspace
 from nnmosaic.planners.plans_section import RunSettings
 
@@ -56,7 +56,6 @@ def run(
             trainer=trainer,
             plans_name=plans_name,
             settings=settings,
-            resume=any((folder / name).is_file() for name in RESUMABLE),
             device=device,
         )
     return predict(images, output, model, folds=folds, skip_existing=True, device=device)

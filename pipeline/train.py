@@ -1,5 +1,6 @@
 """Training one fold: what can be wrong is found before any data is loaded."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from nnmosaic.pipeline.workspace import Workspace
 from nnmosaic.planners.ledger import Ledger, ledger_path
 from nnmosaic.planners.plans_section import RunSettings
 from nnmosaic.planners.preprocessing import data_identifier
+
+logger = logging.getLogger(__name__)
 
 RESUMABLE = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 """In the order in which nnU-Net takes one to go on from."""
@@ -55,7 +58,7 @@ def train(
     settings : RunSettings
         Go before those of the plans.
     resume : bool
-        Go on from the last checkpoint.
+        Refuse to begin anew; an interrupted training goes on in any case.
     only_validate : bool
         Only the final validation of a finished training.
 
@@ -120,7 +123,11 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _checkpoint(folder: Path, *, resume: bool, only_validate: bool) -> Path | None:
-    """Return the checkpoint to load, or None to begin anew."""
+    """Return the checkpoint to load, or None to begin anew.
+
+    An interrupted training goes on also without --c, so that nothing is lost; nnU-Net would begin
+    anew and overwrite it.
+    """
     if only_validate:
         final = folder / RESUMABLE[0]
         if not final.is_file():
@@ -129,12 +136,14 @@ def _checkpoint(folder: Path, *, resume: bool, only_validate: bool) -> Path | No
     found = [folder / name for name in RESUMABLE if (folder / name).is_file()]
     if resume and not found:
         raise InputError(f"--c: {folder} holds no checkpoint to continue from. Leave --c out.")
-    if found and not resume:
+    if not resume and (folder / "validation" / "summary.json").is_file():
         raise InputError(
-            f"{found[0]} exists, and training anew would overwrite it. Pass --c to continue, or "
-            f"move {folder} away."
+            f"{folder} holds a finished training, which training anew would overwrite. Move the "
+            "folder away, or validate again with --val."
         )
-    return found[0] if resume else None
+    if found:
+        logger.info("Continuing from %s", found[0])
+    return found[0] if found else None
 
 
 def _train(

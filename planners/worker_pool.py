@@ -5,6 +5,8 @@ Here one server process imports it once, and workers are forked from that.
 """
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -29,11 +31,23 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     if "forkserver" in methods:
         context.set_forkserver_preload([WORKER_MODULE])
         forkserver.ensure_running()
-    pool = ProcessPoolExecutor(workers, mp_context=context)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _die_with_parent() -> None:
+    """End this worker when the command is killed; it would wait for work for ever."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def call(function: str, *arguments: Any, **options: Any) -> Any:

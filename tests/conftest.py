@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import SimpleITK
 
+from nnmosaic.pipeline.cli import main
+
 # nnU-Net reads its variables once, when it is imported: all tests share one workspace.
 WORKSPACE = Path(tempfile.mkdtemp(prefix="nnmosaic_tests_"))
 FOLDERS = [WORKSPACE / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")]
@@ -93,3 +95,95 @@ def workspace() -> Iterator[Path]:
         folder.mkdir(parents=True)
     yield WORKSPACE
     shutil.rmtree(WORKSPACE)
+
+
+COMPLETE, PARTIAL = "Dataset004_Balls", "Dataset007_Merged"
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that keeps the `prepared` workspace, which takes seconds to make."""
+    return tmp_path_factory.mktemp("cache") / "prepared"
+
+
+@pytest.fixture
+def prepared(workspace: Path, cache: Path, make_dataset: Callable[..., Path]) -> Path:
+    """Return a workspace with two datasets, planned for a CPU and preprocessed.
+
+    4: both balls are labelled in all 5 cases. 7: merged from a source that labels bright balls
+    and one that labels dark balls, 5 cases each.
+    """
+    if cache.is_dir():
+        shutil.copytree(cache, workspace, symlinks=True, dirs_exist_ok=True)
+        return workspace
+    raw = workspace / "nnUNet_raw"
+    make_dataset(raw / COMPLETE, cases=5)
+    make_dataset(raw / "Dataset005_Bright", cases=5, labels={"bright": 1}, first_seed=10)
+    make_dataset(raw / "Dataset006_Dark", cases=5, labels={"dark": 2}, first_seed=20)
+    assert main(["merge", "-d", "7", "-n", "Merged", "--sources", "5", "6"]) == 0
+    for identifier in ("4", "7"):
+        command = ["plan_and_preprocess", "-d", identifier, "-c", "3d_fullres", "--device", "cpu"]
+        assert main(command) == 0
+    shutil.copytree(workspace, cache, symlinks=True)
+    return workspace
+
+
+@pytest.fixture
+def plans_of() -> Callable[..., dict[str, Any]]:
+    """Return a function that reads the plans of a dataset, with or without nnMosaic's section."""
+
+    def read(dataset: str, *, plain: bool = False) -> dict[str, Any]:
+        path = WORKSPACE / "nnUNet_preprocessed" / dataset / "nnUNetPlans.json"
+        plans: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if plain:
+            del plans["nnmosaic"]
+        return {**plans, "continue_training": False}
+
+    return read
+
+
+@pytest.fixture
+def make_trainer(prepared: Path, plans_of: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that makes a trainer for 3 short epochs on the CPU."""
+
+    def make(cls: type, dataset: str = COMPLETE, **settings: Any) -> Any:
+        import torch
+
+        from nnmosaic.planners.plans_section import RunSettings
+
+        folder = prepared / "nnUNet_preprocessed" / dataset
+        content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        plans = plans_of(dataset, plain=True)
+        trainer = cls(plans, "3d_fullres", 0, content, torch.device("cpu"))
+        if hasattr(trainer, "request_settings"):
+            short = {"epochs": 3, "iterations_per_epoch": 3, "val_iterations_per_epoch": 2}
+            trainer.request_settings(RunSettings(**{**short, **settings}))
+        else:
+            trainer.num_epochs, trainer.num_iterations_per_epoch = 3, 3
+            trainer.num_val_iterations_per_epoch = 2
+        return trainer
+
+    return make
+
+
+@pytest.fixture
+def trained(prepared: Path, model_cache: Path) -> Path:
+    """Return a prepared workspace with two trained folds of dataset 7, and 3 images to predict."""
+    if model_cache.is_dir():
+        shutil.copytree(model_cache, prepared, symlinks=True, dirs_exist_ok=True)
+        return prepared
+    short = ["--epochs", "1", "--iterations_per_epoch", "30", "--val_iterations_per_epoch", "1"]
+    for fold in ("0", "1"):
+        assert main(["train", "7", "3d_fullres", fold, "--seed", fold, *short]) == 0
+    for i in range(3):
+        image, _ = synthetic_case(100 + i)
+        save_image(prepared / "images" / f"new{i}_0000.nii.gz", image)
+    for folder in ("images", "nnUNet_results"):
+        shutil.copytree(prepared / folder, model_cache / folder)
+    return prepared
+
+
+@pytest.fixture(scope="session")
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that keeps what `trained` adds."""
+    return tmp_path_factory.mktemp("cache") / "trained"

@@ -28,16 +28,6 @@ def test_imports_point_backwards(path: Path) -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_method_never_imports_another_method(path: Path) -> None:
-    parts = path.relative_to(ROOT).parts
-    methods = {p.name for p in (ROOT / "trainers").iterdir() if (p / "loss.py").is_file()}
-    if parts[0] != "trainers" or parts[1] not in methods:
-        pytest.skip("not a method")
-    others = {f"nnmosaic.trainers.{name}" for name in methods - {parts[1]}}
-    assert [n for n in imported(path) if ".".join(n.split(".")[:3]) in others] == []
-
-
 def test_raw_data_code_needs_no_torch() -> None:
     for path in (ROOT / "data_conversion").rglob("*.py"):
         assert not [n for n in imported(path) if n.split(".")[0] == "torch"], path
