@@ -93,18 +93,18 @@ def test_training_goes_on_after_a_kill_and_after_sigterm(prepared: Path) -> None
     settings = ["--epochs", "3", "--iterations_per_epoch", "40", "--val_iterations_per_epoch", "1"]
     command = [*NNMOSAIC, "train", "4", "3d_fullres", "0", *settings]
 
-    def in_epoch(number: int) -> Callable[[], bool]:
+    def in_epoch_one(old_logs: set[Path]) -> Callable[[], bool]:
         def reached() -> bool:
-            logs = sorted(folder.glob("training_log_*.txt"))
-            return bool(logs) and f"Epoch {number}" in logs[-1].read_text()
+            new = set(folder.glob("training_log_*.txt")) - old_logs
+            return any("Epoch 1" in log.read_text() for log in new)
 
         return reached
 
-    kill_when(in_epoch(1), subprocess.Popen(command))
+    kill_when(in_epoch_one(set()), subprocess.Popen(command))
     assert not (folder / "checkpoint_final.pth").exists()
+    old_logs = set(folder.glob("training_log_*.txt"))
     second = subprocess.Popen(command, stderr=subprocess.PIPE)
-    time.sleep(1)  # the next log has a name of its own, from the second it was begun in
-    while not in_epoch(1)() or second.poll() is not None:
+    while not in_epoch_one(old_logs)():
         assert second.poll() is None
         time.sleep(0.02)
     os.kill(second.pid, signal.SIGTERM)

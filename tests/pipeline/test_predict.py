@@ -11,6 +11,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnmosaic.pipeline.cli import main
+from nnmosaic.trainers.lookup import trainer_class
 
 MODEL = "nnUNet_results/Dataset007_Merged/nnUNetTrainerSelfDisambiguation__nnUNetPlans__3d_fullres"
 
@@ -32,12 +33,13 @@ def test_label_maps_and_probabilities_equal_nnunets(
     assert main([*command, "-o", str(ours), "--save_probabilities"]) == 0
     monkeypatch.setattr(  # nnU-Net's lookup would need a torchvision that fits
         "nnunetv2.inference.predict_from_raw_data.recursive_find_trainer_class_by_name",
-        __import__("nnmosaic.trainers.lookup", fromlist=["lookup"]).trainer_class,
+        trainer_class,
     )
     predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False)
     predictor.initialize_from_trained_model_folder(
         str(trained / MODEL), (0, 1), "checkpoint_final.pth"
     )
+    theirs.mkdir()
     predictor.predict_from_files_sequential(
         str(trained / "images"), str(theirs), save_probabilities=True
     )
@@ -58,7 +60,7 @@ def test_label_maps_and_probabilities_equal_nnunets(
 
 @pytest.mark.slow
 def test_broken_cases_are_listed_and_the_others_finished(
-    trained: Path, tmp_path: Path, save: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    trained: Path, tmp_path: Path, save: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     images, output = trained / "images", tmp_path / "out"
     (images / "cut_0000.nii.gz").write_bytes((images / "new0_0000.nii.gz").read_bytes()[:900])
@@ -76,7 +78,7 @@ def test_broken_cases_are_listed_and_the_others_finished(
     assert "has the channels [0, 1]" in failures["two"]
     done = {f"new{i}.nii.gz" for i in range(3)}
     assert names(output) == done | {"dataset.json", "plans.json", "failures.json"}
-    assert "4 case(s) failed; the reasons are in" in capsys.readouterr().err
+    assert f"4 case(s) failed; the reasons are in {output / 'failures.json'}" in caplog.messages
 
     for path in images.iterdir():
         if not path.name.startswith("new"):
