@@ -1,0 +1,59 @@
+"""From raw sources to predictions in one command, in a folder with spaces and umlauts."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SHORT = ("--epochs", "1", "--iterations_per_epoch", "3", "--val_iterations_per_epoch", "1")
+
+
+def nnmosaic(*arguments: str) -> str:
+    command = [sys.executable, "-m", "nnmosaic.pipeline.cli", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout + run.stderr
+
+
+@pytest.mark.slow
+def test_run_does_everything_and_a_second_time_nothing(
+    tmp_path: Path, make_dataset: Callable[..., Path]
+) -> None:
+    home = tmp_path / "Größe µ, two words"
+    workspace = ("--workspace", str(home))
+    raw, images, output = home / "nnUNet_raw", home / "neue bilder", home / "out put"
+    make_dataset(raw / "Dataset011_Höhe A", cases=5, labels={"bright": 1})
+    make_dataset(raw / "Dataset012_Höhe B", cases=5, labels={"dark": 2}, first_seed=9)
+    printed = nnmosaic("merge", "-d", "13", "-n", "Höhe", "--sources", "11", "12", *workspace)
+    assert "Dataset013_Höhe" in printed
+    nnmosaic("doctor", "-d", "13", *workspace)
+    make_dataset(home / "new", cases=2, first_seed=50)
+    (home / "new" / "imagesTr").rename(images)
+    command = ["run", "-d", "13", "-c", "3d_fullres", "-f", "0", "1", "--device", "cpu", *SHORT]
+    command += ["-i", str(images), "-o", str(output), *workspace]
+    nnmosaic(*command)
+    made = {path.name for path in output.iterdir()}
+    assert made == {"case00.nii.gz", "case01.nii.gz", "dataset.json", "plans.json"}
+    models = list((home / "nnUNet_results" / "Dataset013_Höhe").iterdir())
+    assert len(models) == 1
+    files = [*models[0].glob("fold_?/checkpoint_final.pth"), *output.glob("*.nii.gz")]
+    assert len(files) == 4
+    before = {path: path.stat().st_mtime_ns for path in files}
+    log = nnmosaic(*command)
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+    assert "Fingerprint: unchanged" in log
+    assert "Fold 1 is finished" in log
+
+    folders = ("-i", str(images), "-o", str(home / "with"), "-m", str(models[0]))
+    nnmosaic("predict", *folders, "--save_probabilities", *workspace)
+    averaged = home / "averaged"
+    nnmosaic("ensemble", "-i", str(home / "with"), str(home / "with"), "-o", str(averaged))
+    assert len(list(averaged.glob("*.nii.gz"))) == 2
+    labels, djfile = str(home / "new" / "labelsTr"), str(home / "new" / "dataset.json")
+    printed = nnmosaic("evaluate", labels, str(averaged), "-djfile", djfile, *workspace)
+    assert "bright" in printed
+    summary = json.loads((averaged / "summary.json").read_text())
+    assert summary["n_cases"] == {"1": 2, "2": 2}

@@ -1,0 +1,69 @@
+"""Plain nnUNetv2_train and nnUNetv2_predict with nothing but nnUNet_extTrainer set."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+
+TRAINER = "nnUNetTrainerSelfDisambiguation"
+MODEL = f"nnUNet_results/Dataset007_Merged/{TRAINER}__nnUNetPlans__3d_fullres"
+
+# Where torchvision is a CUDA build beside a CPU torch, it misses two operators (see the README).
+CURE = """
+import torch
+try:
+    import torchvision
+except RuntimeError:
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
+
+def stock(module: str, function: str, *arguments: str) -> None:
+    """Run an entry point of nnU-Net in a process of its own."""
+    call = f"import sys; sys.argv[0] = {function!r}; from {module} import {function} as f; f()"
+    path = subprocess.run(
+        [sys.executable, "-m", "nnmosaic.pipeline.cli", "trainer_path"],
+        check=True, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    environment = {**os.environ, "nnUNet_extTrainer": path}
+    subprocess.run([sys.executable, "-c", CURE + call, *arguments], check=True, env=environment)
+
+
+@pytest.mark.slow
+def test_stock_commands_train_and_predict_what_ours_do(prepared: Path, tmp_path: Path) -> None:
+    plans_file = prepared / "nnUNet_preprocessed" / "Dataset007_Merged" / "nnUNetPlans.json"
+    plans = json.loads(plans_file.read_text())
+    short = {"epochs": 1, "iterations_per_epoch": 30, "val_iterations_per_epoch": 1}
+    plans["nnmosaic"]["run_settings"].update(short)
+    plans_file.write_text(json.dumps(plans))
+    train = ("nnunetv2.run.run_training", "run_training_entry")
+    stock(*train, "7", "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu")
+    assert (prepared / MODEL / "fold_0" / "validation" / "summary_raw.json").is_file()
+
+    images = prepared / "nnUNet_raw" / "Dataset007_Merged" / "imagesTr"
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    model = ("-d", "7", "-c", "3d_fullres", "-tr", TRAINER, "-f", "0")
+    predict = ("nnunetv2.inference.predict_from_raw_data", "predict_entry_point")
+    workers = ("-device", "cpu", "-npp", "1", "-nps", "1")
+    stock(*predict, "-i", str(images), "-o", str(theirs), *model, *workers)
+    command = [sys.executable, "-m", "nnmosaic.pipeline.cli", "predict"]
+    subprocess.run([*command, "-i", str(images), "-o", str(ours), *model], check=True)
+
+    differing = voxels = found = 0
+    for path in sorted(theirs.glob("*.nii.gz")):
+        a, b = (
+            SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / path.name)))
+            for folder in (ours, theirs)
+        )
+        differing, voxels = differing + int(np.sum(a != b)), voxels + a.size
+        found += int(np.sum(a > 0))
+    assert voxels == 10 * 20 * 24 * 22
+    assert found > 0.01 * voxels
+    assert differing <= voxels / 100_000
