@@ -179,10 +179,14 @@ def _planning_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _do_plan(options: argparse.Namespace) -> None:
+    from nnmosaic.planners.worker_pool import start_server
+
+    workspace = open_workspace(options.workspace)
+    start_server()  # before the other imports, which take a second
     from nnmosaic.pipeline.plan_and_preprocess import plan_and_preprocess
 
     plan_and_preprocess(
-        open_workspace(options.workspace),
+        workspace,
         options.d,
         options.c,
         planner=options.pl,

@@ -16,7 +16,6 @@ from nnmosaic.pipeline.workspace import Workspace
 from nnmosaic.planners.fingerprint import extract_fingerprint
 from nnmosaic.planners.ledger import signature
 from nnmosaic.planners.preprocessing import copy_references, preprocess_configuration
-from nnmosaic.planners.splits import ensure_splits
 from nnmosaic.planners.worker_pool import call, worker_pool
 
 logger = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ def plan_and_preprocess(
             dataset.source_of(case.identifier)
         preprocessed.mkdir(parents=True, exist_ok=True)
 
-        _fingerprint(cases, dataset, preprocessed, pool)
+        _fingerprint(cases, dataset, preprocessed, workers)
         plans: dict[str, Any]
         plans, output = pool.submit(
             call,
@@ -80,29 +79,34 @@ def plan_and_preprocess(
         ).result()
         logger.debug(output)
         plans_file = preprocessed / f"{plans['plans_name']}.json"
-        _folds(cases, dataset, preprocessed)
+        # In a worker, beside the first cases: it imports scikit-learn.
+        folds = pool.submit(_folds, [case.identifier for case in cases], dataset, preprocessed)
         _preprocess(cases, dataset, plans_file, plans, configurations, pool)
+        if (problem := folds.result()) is not None:
+            logger.warning("No folds: %s", problem)
     return plans
 
 
-def _fingerprint(
-    cases: Sequence[Case], dataset: DatasetJson, folder: Path, pool: ProcessPoolExecutor
-) -> None:
+def _fingerprint(cases: Sequence[Case], dataset: DatasetJson, folder: Path, workers: int) -> None:
     path = folder / "dataset_fingerprint.json"
     inputs = {case.identifier: signature(case) for case in cases}
     if path.is_file() and read_json(path).get(INPUTS_KEY) == inputs:
         logger.info("Fingerprint: unchanged")
         return
     with progress("Fingerprint", len(cases)) as advance:
-        fingerprint = extract_fingerprint(cases, dataset, pool, on_case=advance)
+        fingerprint = extract_fingerprint(cases, dataset, workers=workers, on_case=advance)
     write_json({**fingerprint, INPUTS_KEY: inputs}, path)
 
 
-def _folds(cases: Sequence[Case], dataset: DatasetJson, folder: Path) -> None:
+def _folds(names: Sequence[str], dataset: DatasetJson, folder: Path) -> str | None:
+    """Write the folds where there are none, and return why that is impossible."""
+    from nnmosaic.planners.splits import ensure_splits
+
     try:
-        ensure_splits(folder / "splits_final.json", [case.identifier for case in cases], dataset)
+        ensure_splits(folder / "splits_final.json", names, dataset)
     except InputError as error:
-        logger.warning("No folds: %s", error)
+        return str(error)
+    return None
 
 
 def _preprocess(

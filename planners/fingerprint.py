@@ -1,7 +1,11 @@
-"""Dataset fingerprint: nnU-Net's numbers, with every case checked in the same reading."""
+"""Dataset fingerprint: nnU-Net's numbers, with every case checked in the same reading.
+
+Runs without torch, so that it need not wait for the import of torch in the worker processes.
+"""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,19 +18,23 @@ from nnmosaic.planners.worker_pool import run_cases
 
 NUM_INTENSITY_SAMPLES = 10e7
 """Foreground voxels sampled in the whole dataset, as nnU-Net does."""
+SAMPLING_SEED = 1234
+"""nnU-Net's, the same for every case."""
 
 
 def extract_fingerprint(
     cases: Sequence[Case],
     dataset: DatasetJson,
-    pool: ProcessPoolExecutor,
     *,
+    workers: int,
     on_case: Callable[[str], None],
 ) -> dict[str, Any]:
     """Return the content of ``dataset_fingerprint.json``, equal to nnU-Net's.
 
     Parameters
     ----------
+    workers : int
+        Threads.
     on_case : callable
         Called with the name of each finished case.
 
@@ -35,12 +43,14 @@ def extract_fingerprint(
     InputError
         If a case is broken (see `nnmosaic.data_conversion.case_check`), or no voxel is labelled.
     """
-    num_samples = int(NUM_INTENSITY_SAMPLES // len(cases))
+    analyse = partial(
+        analyse_case, dataset=dataset, num_samples=int(NUM_INTENSITY_SAMPLES // len(cases))
+    )
     results = {}
-    arguments = {case.identifier: (case, dataset, num_samples) for case in cases}
-    for name, result in run_cases(pool, "analyse_case", arguments):
-        results[name] = result
-        on_case(name)
+    with ThreadPoolExecutor(workers) as pool:
+        for name, result in run_cases(pool, analyse, {c.identifier: (c,) for c in cases}):
+            results[name] = result
+            on_case(name)
     ordered = [results[case.identifier] for case in cases]
     channels = range(len(ordered[0][2]))
     return {
@@ -56,36 +66,36 @@ def extract_fingerprint(
 def analyse_case(
     case: Case, dataset: DatasetJson, num_samples: int
 ) -> tuple[tuple[int, ...], list[float], list[np.ndarray], float]:
-    """Check one case and return shape after cropping, spacing (mm), intensities and relative size.
-
-    Runs in a worker: nnU-Net's functions, imported here, import torch.
-    """
-    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import (
-        DatasetFingerprintExtractor,
-    )
-    from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
-
+    """Check one case; return shape after cropping, spacing (mm), intensities, relative size."""
     reader = reader_of(dataset)
     image, properties = read_image(case, reader, num_channels=len(dataset.channel_names))
     legal = dataset.legal_values(case.identifier)
     label = read_label(case, reader, image=image, properties=properties, legal=legal)
-    shape = image.shape[1:]
     if not image.any():
         raise InputError(
             f"{case.images[0]} holds nothing but zeros. Restore it or remove the case."
         )
-    cropped, label, _ = crop_to_nonzero(image, label)
-    intensities, _ = DatasetFingerprintExtractor.collect_foreground_intensities(
-        label, cropped, num_samples=num_samples
-    )
-    after = tuple(int(n) for n in cropped.shape[1:])
-    spacing = [float(s) for s in properties["spacing"]]
-    return (
-        after,
-        spacing,
-        [np.asarray(i, np.float32) for i in intensities],
-        np.prod(after) / np.prod(shape),
-    )
+    inside = _nonzero_box(image)
+    foreground = label[0][inside] > 0
+    rng = np.random.RandomState(SAMPLING_SEED)
+    # Without foreground float64, as in nnU-Net: one such case decides the precision of the mean.
+    intensities = [
+        rng.choice(channel[inside][foreground], num_samples) if foreground.any() else np.empty(0)
+        for channel in image
+    ]
+    relative_size = foreground.size / label[0].size
+    return foreground.shape, [float(s) for s in properties["spacing"]], intensities, relative_size
+
+
+def _nonzero_box(image: np.ndarray) -> tuple[slice, ...]:
+    """Return the smallest box around the voxels that are not 0 in every channel."""
+    mask = (image != 0).any(0)
+    box = []
+    for axis in range(mask.ndim):
+        others = tuple(a for a in range(mask.ndim) if a != axis)
+        occupied = np.flatnonzero(mask.any(others))
+        box.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
+    return tuple(box)
 
 
 def _intensity_properties(samples: list[np.ndarray]) -> dict[str, float]:

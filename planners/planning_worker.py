@@ -23,11 +23,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnmosaic.data_conversion.atomic_write import read_json
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.raw_dataset import Case
-from nnmosaic.planners.fingerprint import analyse_case
 from nnmosaic.planners.preprocessing import SUFFIXES
 from nnmosaic.planners.small_machine_planner import SMALLEST_PRESET_GB, SmallMachinePlanner
-
-__all__ = ["analyse_case", "plan", "preprocess_case"]
 
 
 def plan(

@@ -6,6 +6,7 @@ The work on one case is in `nnmosaic.planners.planning_worker`.
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from nnmosaic.data_conversion.atomic_write import read_json, replacing
 from nnmosaic.data_conversion.dataset_json import DatasetJson
 from nnmosaic.data_conversion.raw_dataset import Case
 from nnmosaic.planners.ledger import Ledger, configuration_digest, ledger_path, signature
-from nnmosaic.planners.worker_pool import run_cases
+from nnmosaic.planners.worker_pool import call, run_cases
 
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 """Files of one preprocessed case."""
@@ -70,7 +71,7 @@ def preprocess_configuration(
         for name, case in todo.items()
     }
     try:
-        for name, _ in run_cases(pool, "preprocess_case", arguments):
+        for name, _ in run_cases(pool, partial(call, "preprocess_case"), arguments):
             ledger.add(name, signatures[name])
             on_case(name)
     finally:

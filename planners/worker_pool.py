@@ -7,12 +7,13 @@ Here one server process imports it once, and workers are forked from that.
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from typing import Any
 
 WORKER_MODULE = "nnmosaic.planners.planning_worker"
@@ -20,17 +21,20 @@ MAX_SUSPECTS = 8
 """Cases named when a worker dies: it was one of the first that are not done."""
 
 
+def start_server() -> BaseContext:
+    """Let the server process begin to import, beside whatever the caller does next."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([WORKER_MODULE])
+    forkserver.ensure_running()
+    return context
+
+
 @contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Yield a process pool whose workers have `WORKER_MODULE` imported.
-
-    The server begins to import as soon as the pool exists, beside whatever the caller does next.
-    """
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload([WORKER_MODULE])
-        forkserver.ensure_running()
+    """Yield a process pool whose workers have `WORKER_MODULE` imported."""
+    context = start_server()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
     try:
         yield pool
@@ -56,14 +60,14 @@ def call(function: str, *arguments: Any, **options: Any) -> Any:
 
 
 def run_cases(
-    pool: ProcessPoolExecutor, function: str, arguments: Mapping[str, tuple[Any, ...]]
+    pool: Executor, function: Callable[..., Any], arguments: Mapping[str, tuple[Any, ...]]
 ) -> Iterator[tuple[str, Any]]:
     """Yield (case, result) as workers finish; the first exception of a worker is raised here.
 
     Parameters
     ----------
-    function : str
-        Name of a function of `WORKER_MODULE`.
+    function : callable
+        For processes, of `WORKER_MODULE` by way of `call`.
     arguments : mapping of str to tuple
         Case -> positional arguments.
 
@@ -73,7 +77,7 @@ def run_cases(
         If a worker process dies, with the cases that it may have been working on.
     """
     futures: dict[Future[Any], str] = {
-        pool.submit(call, function, *values): case for case, values in arguments.items()
+        pool.submit(function, *values): case for case, values in arguments.items()
     }
     unfinished = dict.fromkeys(futures.values())
     try:

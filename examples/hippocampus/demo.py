@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from overlays import draw_overlays
-
 from nnmosaic.data_conversion.atomic_write import read_json, write_json
 from nnmosaic.pipeline.cli import main
 
@@ -103,18 +101,20 @@ def scores(summary: Any) -> dict[str, Any]:
     }
 
 
-def run(data: Path, output: Path, settings: Sequence[str], device: str) -> dict[str, Any]:
+def run(
+    data: Path, output: Path, settings: Sequence[str], folds: Sequence[str], device: str
+) -> dict[str, Any]:
     """Run everything and return (and write) ``summary.json``."""
     demo = Demo(data, output, settings, device)
     demo.prepare()
-    ours = scores(demo.train_and_score(OURS, FOLDS))
-    baseline = scores(demo.train_and_score(PLAIN, FOLDS[:1], "baseline_"))
+    ours = scores(demo.train_and_score(OURS, folds))
+    baseline = scores(demo.train_and_score(PLAIN, folds[:1], "baseline_"))
     summary = {
         **ours,
         "baseline_missing_as_background": baseline,
         "seconds_per_stage": demo.seconds,
         "training": " ".join(settings),
-        "seeds": [int(fold) for fold in FOLDS],
+        "seeds": [int(fold) for fold in folds],
         "test_cases": len(list((data / "test" / "images").glob("*.nii.gz"))),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}",
     }
@@ -128,7 +128,7 @@ def show(summary: dict[str, Any]) -> None:
     from rich.table import Table
 
     plain = summary["baseline_missing_as_background"]
-    columns = ("class", "nnMosaic, 5 folds", "plain nnU-Net, 1 fold")
+    columns = ("class", f"nnMosaic, {len(summary['seeds'])} folds", "plain nnU-Net, 1 fold")
     table = Table(*columns, title="Dice on unseen cases")
     for name, dice in summary["dice_per_class"].items():
         table.add_row(name, f"{dice:.3f}", f"{plain['dice_per_class'][name]:.3f}")
@@ -147,11 +147,14 @@ if __name__ == "__main__":
     parser.add_argument("--iterations_per_epoch", default="50")
     parser.add_argument("--val_iterations_per_epoch", default="2")
     parser.add_argument("--initial_lr", default="5e-3")
+    parser.add_argument("--folds", nargs="+", choices=FOLDS, default=FOLDS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     names = ("epochs", "iterations_per_epoch", "val_iterations_per_epoch", "initial_lr")
     flags = [part for name in names for part in (f"--{name}", getattr(options, name))]
-    result = run(options.data, options.output, flags, options.device)
+    result = run(options.data, options.output, flags, options.folds, options.device)
+    from overlays import draw_overlays  # not at the top: worker processes import this file
+
     figures = options.output / "overlays"
     draw_overlays(options.data / "test", options.output / "predictions", figures)
     show(result)

@@ -20,8 +20,15 @@ NAME, IDENTIFIER = "Dataset004_Ball", "nnUNetPlans_3d_fullres"
 
 
 @pytest.fixture
-def here(workspace: Path, make_dataset: Callable[..., Path]) -> Workspace:
-    make_dataset(workspace / "nnUNet_raw" / NAME, cases=5)
+def here(
+    workspace: Path, make_dataset: Callable[..., Path], save: Callable[..., None]
+) -> Workspace:
+    """Five cases; one has no label, and one has a margin of zeros, which is cropped."""
+    folder = make_dataset(workspace / "nnUNet_raw" / NAME, cases=5)
+    save(folder / "labelsTr" / "case04.nii.gz", np.zeros((20, 24, 22), np.uint8))
+    image = np.zeros((20, 24, 22), np.float32)
+    image[2:-1, 3:, :-4] = np.random.default_rng(0).random((17, 21, 18))
+    save(folder / "imagesTr" / "case03_0000.nii.gz", image)
     return open_workspace()
 
 

@@ -1,0 +1,125 @@
+"""What the README says is true: its commands run, its names exist."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nnmosaic.pipeline.cli import _parser
+from nnmosaic.trainers import TRAINERS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+LINES = [line.strip() for block in BLOCKS for line in block.splitlines()]
+SHORTER = {"--epochs 4 --iterations_per_epoch 75": "--epochs 1 --iterations_per_epoch 2"}
+SHORTER["--device cpu --epochs"] = "-f 0 --device cpu --epochs"
+SHORTER["in 0 1 2 3 4"] = "in 0"
+EXAMPLE = Path("examples") / "hippocampus"
+
+
+@pytest.fixture
+def small_checkout(tmp_path: Path) -> Path:
+    """The example as in the repository, but with 5 training cases per source and 2 test cases."""
+    kept = {"Dataset011_Anterior": 5, "Dataset012_Posterior": 5, "test": 2}
+    for name, number in kept.items():
+        source, target = ROOT / EXAMPLE / name, tmp_path / EXAMPLE / name
+        content = json.loads((source / "dataset.json").read_text())
+        # One case per subject, so that 5 folds can be made.
+        cases = list({subject: case for case, subject in content["subjects"].items()}.values())
+        content["subjects"] = {case: content["subjects"][case] for case in cases[:number]}
+        content["numTraining"] = number
+        for folder in source.iterdir():
+            for path in folder.glob("*.nii.gz") if folder.is_dir() else ():
+                if path.name.removesuffix(".nii.gz").removesuffix("_0000") in content["subjects"]:
+                    copy = target / folder.name / path.name
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, copy)
+        (target / "dataset.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def environment() -> dict[str, str]:
+    """That of a new user: no variable of nnU-Net, the package's commands on the path."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet_")}
+    return {**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"}
+
+
+def test_every_nnmosaic_line_is_a_valid_command() -> None:
+    lines = [line for line in LINES if line.startswith("nnmosaic ")]
+    assert len(lines) >= 7
+    for line in lines:
+        _parser().parse_args(shlex.split(line.replace("$fold", "0"))[1:])
+
+
+def test_every_other_line_is_known_to_a_test() -> None:
+    others = {line.split()[0] for line in LINES if line and not line.startswith("nnmosaic ")}
+    # nnUNetv2_*: test_stock_commands.py; make and pip: .ci/run; the rest: below.
+    known = {"nnUNetv2_train", "nnUNetv2_predict", "export", "make", "pip"}
+    assert others == known | {"mkdir", "cp", "for", "done"}
+    makefile = (ROOT / "Makefile").read_text()
+    for line in LINES:
+        if line.startswith("make "):
+            assert f"\n{line.split()[1]}: install" in makefile
+
+
+def test_trainers_and_commands_are_in_the_readme() -> None:
+    for trainer in TRAINERS:
+        assert f"`{trainer}`" in README
+    commands = next(a for a in _parser()._actions if a.dest == "name").choices
+    for command in commands:
+        assert f"| `nnmosaic {command}` |" in README
+
+
+def test_linked_files_exist() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("https://") or (ROOT / link).is_file(), link
+
+
+@pytest.mark.slow
+def test_the_complete_run_works_as_written(small_checkout: Path) -> None:
+    script = "".join(
+        block for block in BLOCKS if "nnmosaic merge" in block or "nnmosaic run" in block
+    )
+    for long, short in SHORTER.items():
+        assert long in script
+        script = script.replace(long, short)
+    command = ["bash", "-e", "-c", script]
+    run = subprocess.run(
+        command, cwd=small_checkout, env=environment(), capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "nnUNet_raw, nnUNet_preprocessed, nnUNet_results not set" in run.stderr
+    assert "posterior" in run.stdout.rpartition("┃ class")[2]
+    assert len(list((small_checkout / "predictions").glob("*.nii.gz"))) == 2
+    assert (small_checkout / "predictions" / "summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_demo_scores_and_draws_every_test_case(small_checkout: Path) -> None:
+    output = small_checkout / "demo output"
+    arguments = ["--data", str(small_checkout / EXAMPLE), "--output", str(output)]
+    short = ["--epochs", "1", "--iterations_per_epoch", "1", "--folds", "0"]
+    command = [sys.executable, str(ROOT / EXAMPLE / "demo.py"), *arguments, *short]
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    summary = json.loads((output / "summary.json").read_text())
+    assert set(summary["dice_per_class"]) == {"anterior", "posterior"}
+    assert set(summary["baseline_missing_as_background"]["dice_per_class"]) == {
+        "anterior",
+        "posterior",
+    }
+    assert {"merge", "doctor", "plan_and_preprocess", "train", "predict", "evaluate"} < set(
+        summary["seconds_per_stage"]
+    )
+    assert summary["test_cases"] == 2
+    assert len(list((output / "overlays").glob("*.png"))) == 2
+    models = list(output.glob("workspace/nnUNet_results/*/*/fold_*/checkpoint_final.pth"))
+    assert len(models) == 2
+    assert "Dice on unseen cases" in run.stdout
