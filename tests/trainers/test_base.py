@@ -89,6 +89,8 @@ def test_plans_give_settings_that_the_command_overrides(make_trainer: Make, plan
     assert trainer.num_epochs == 7
     assert isinstance(trainer.optimizer, torch.optim.AdamW)
     assert trainer.initial_lr == plans["nnmosaic"]["run_settings"]["initial_lr"]
+    weight = trainer.network.encoder.stages[1][0].convs[0].conv.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Measurements against stock nnU-Net; each command writes its table to ``benchmarks/results``."""

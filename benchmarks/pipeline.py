@@ -1,0 +1,303 @@
+"""Wall time of stock nnU-Net and nnMosaic, alternating, on the same data, plan and threads.
+
+``python -m benchmarks.pipeline --data MSD_FOLDER`` needs the hippocampus data of the Medical
+Segmentation Decathlon (imagesTr, labelsTr). Takes about 20 minutes on 2 cores.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import footer, provenance, table, write
+from nnmosaic.data_conversion.atomic_write import read_json, write_json
+
+COMPLETE = "Dataset001_Hippocampus"
+LABELS = {"background": 0, "anterior": 1, "posterior": 2}
+FOLDS = ("0", "1", "2", "3", "4")
+STEPS, WARM_UP = 60, 5
+
+# nnU-Net's trainer lookup needs two operators where torchvision is built for another torch.
+STOCK = """
+import sys, torch
+try:
+    import torchvision
+except RuntimeError:
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+ENTRY_POINTS = {
+    "plan_and_preprocess": "from nnunetv2.experiment_planning.plan_and_preprocess_entrypoints "
+    "import plan_and_preprocess_entry as entry",
+    "predict": "from nnunetv2.inference.predict_from_raw_data import predict_entry_point as entry",
+}
+
+
+def stock(command: str, *arguments: str) -> list[str]:
+    """Return the command line of an nnU-Net entry point."""
+    cure = STOCK if command == "predict" else "import sys\n"
+    code = f"{cure}\n{ENTRY_POINTS[command]}\nif __name__ == '__main__': sys.exit(entry())"
+    return [sys.executable, "-c", code, *arguments]
+
+
+def ours(*arguments: str) -> list[str]:
+    """Return an nnMosaic command line."""
+    return [sys.executable, "-m", "nnmosaic.pipeline.cli", *arguments]
+
+
+def seconds(command: list[str]) -> float:
+    """Run a command and return its wall time."""
+    start = time.perf_counter()
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode != 0:
+        raise RuntimeError(f"{command}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}")
+    return time.perf_counter() - start
+
+
+def prepare(data: Path, work: Path) -> None:
+    """Write the raw dataset and the folder of images to predict, as links."""
+    shutil.rmtree(work, ignore_errors=True)
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (work / name).mkdir(parents=True)
+        os.environ[name] = str(work / name)
+    cases = sorted(path.name.removesuffix(".nii.gz") for path in (data / "labelsTr").glob("*.gz"))
+    folder = work / "nnUNet_raw" / COMPLETE
+    for part, suffix in (("imagesTr", "_0000"), ("labelsTr", "")):
+        (folder / part).mkdir(parents=True)
+        for case in cases:
+            path = folder / part / f"{case}{suffix}.nii.gz"
+            path.symlink_to((data / part / f"{case}.nii.gz").resolve())
+    content = {
+        "channel_names": {"0": "T1"},
+        "labels": LABELS,
+        "numTraining": len(cases),
+        "file_ending": ".nii.gz",
+    }
+    write_json(content, folder / "dataset.json")
+    (work / "images").mkdir()
+    for case in cases[::3][:66]:
+        (work / "images" / f"{case}_0000.nii.gz").symlink_to(
+            (data / "imagesTr" / f"{case}.nii.gz").resolve()
+        )
+
+
+def time_preprocessing(work: Path, repeats: int) -> dict[str, list[float]]:
+    """Time fingerprint + plan + preprocessing, from nothing, and compare the arrays."""
+    base = ("-d", "1", "-c", "3d_fullres")
+    variants = {
+        "stock, its default workers": stock("plan_and_preprocess", *base),
+        "stock, one worker per core": stock(
+            "plan_and_preprocess", *base, "-npfp", str(os.cpu_count()), "-np", str(os.cpu_count())
+        ),
+        "nnMosaic": ours("plan_and_preprocess", *base),
+    }
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    folder = work / "nnUNet_preprocessed" / COMPLETE
+    arrays: dict[str, dict[str, bytes]] = {}
+    for _ in range(repeats):
+        for name, command in variants.items():
+            shutil.rmtree(folder, ignore_errors=True)
+            times[name].append(seconds(command))
+            arrays[name] = _array_digests(folder / "nnUNetPlans_3d_fullres")
+    first, *others = arrays.values()
+    if not first or any(other != first for other in others):
+        raise RuntimeError("The preprocessed arrays differ.")
+    return times
+
+
+def _array_digests(folder: Path) -> dict[str, bytes]:
+    import blosc2
+
+    return {
+        path.name: hashlib.sha256(np.ascontiguousarray(blosc2.open(str(path))[:])).digest()
+        for path in sorted(folder.glob("*.b2nd"))
+    }
+
+
+def plan_for_cpu(work: Path) -> None:
+    """Plan for the CPU, without nnMosaic's section, and declare half of the labels as missing."""
+    seconds(ours("plan_and_preprocess", "-d", "1", "-c", "3d_fullres", "--device", "cpu"))
+    folder = work / "nnUNet_preprocessed" / COMPLETE
+    plans = read_json(folder / "nnUNetPlans.json")
+    del plans["nnmosaic"]
+    write_json(plans, folder / "nnUNetPlans.json")
+
+
+def _trainer(work: Path, cls: type, *, declared: bool) -> Any:
+    import torch
+
+    folder = work / "nnUNet_preprocessed" / COMPLETE
+    content = read_json(folder / "dataset.json")
+    if declared:
+        # Odd numbers belong to a source that annotates "anterior", even ones to "posterior".
+        sources = {
+            "A": {"pattern": "[13579]$", "annotated": ["anterior"]},
+            "P": {"pattern": "[02468]$", "annotated": ["posterior"]},
+        }
+        content["partial_labels"] = {"sources": sources}
+    plans = {**read_json(folder / "nnUNetPlans.json"), "continue_training": False}
+    return cls(plans, "3d_fullres", 0, content, torch.device("cpu"))
+
+
+def time_training_step(work: Path) -> dict[str, list[float]]:
+    """Time single steps on the same batches, with labels that fit the declared source."""
+    import torch
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    from nnmosaic.trainers.self_disambiguation.trainer import nnUNetTrainerSelfDisambiguation
+
+    os.environ["nnUNet_n_proc_DA"] = "0"  # batches are made before the steps
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    plain = _trainer(work, nnUNetTrainer, declared=False)
+    partial = _trainer(work, nnUNetTrainerSelfDisambiguation, declared=True)
+    plain.on_train_start()
+    partial.initialize()
+    del os.environ["nnUNet_n_proc_DA"]
+    batches = []
+    for _ in range(8):
+        batch = next(plain.dataloader_train)
+        for i, key in enumerate(batch["keys"]):
+            for level in batch["target"]:
+                level[i][level[i] != (1 if int(key[-1]) % 2 else 2)] = 0
+        batches.append(batch)
+    times: dict[str, list[float]] = {"stock": [], "nnMosaic": []}
+    for step in range(WARM_UP + STEPS):
+        for name, trainer in (("stock", plain), ("nnMosaic", partial)):
+            start = time.perf_counter()
+            trainer.train_step(batches[step % len(batches)])
+            if step >= WARM_UP:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def make_models(work: Path) -> None:
+    """Write five untrained folds; the time of a prediction does not depend on the weights."""
+    import torch
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    for fold in FOLDS:
+        torch.manual_seed(int(fold))
+        trainer = _trainer(work, nnUNetTrainer, declared=False)
+        trainer.initialize()
+        model = Path(trainer.output_folder_base)
+        (model / f"fold_{fold}").mkdir(parents=True, exist_ok=True)
+        trainer.save_checkpoint(str(model / f"fold_{fold}" / "checkpoint_final.pth"))
+    for name in ("dataset.json", "dataset_fingerprint.json"):
+        shutil.copyfile(work / "nnUNet_preprocessed" / COMPLETE / name, model / name)
+    write_json(trainer.plans_manager.plans, model / "plans.json")
+
+
+def time_prediction(work: Path, repeats: int) -> tuple[dict[str, list[float]], float]:
+    """Time 66 images with 5 folds and mirroring; also return the share of differing voxels."""
+    model = ("-d", "1", "-c", "3d_fullres", "-tr", "nnUNetTrainer", "-f", *FOLDS, "-i")
+    images, cores = str(work / "images"), str(os.cpu_count())
+    outputs = {name: work / f"predicted_{name}" for name in ("a", "b", "nnMosaic")}
+    device, workers = ("-device", "cpu"), ("-npp", cores, "-nps", cores)
+    variants = {
+        "stock, its default workers": stock(
+            "predict", *model, images, *device, "-o", str(outputs["a"])
+        ),
+        "stock, one worker per core": stock(
+            "predict", *model, images, *device, "-o", str(outputs["b"]), *workers
+        ),
+        "nnMosaic": ours(
+            "predict", *model, images, "--device", "cpu", "-o", str(outputs["nnMosaic"])
+        ),
+    }  # fmt: skip
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for output in outputs.values():
+            shutil.rmtree(output, ignore_errors=True)
+        for name, command in variants.items():
+            times[name].append(seconds(command))
+    return times, _differing(outputs["a"], outputs["nnMosaic"])
+
+
+def _differing(one: Path, other: Path) -> float:
+    import SimpleITK
+
+    differing = total = 0
+    for path in sorted(one.glob("*.nii.gz")):
+        a, b = (
+            SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / path.name)))
+            for folder in (one, other)
+        )
+        differing, total = differing + int((a != b).sum()), total + a.size
+    return differing / total
+
+
+def rows_of(title: str, times: Mapping[str, list[float]]) -> list[dict[str, Any]]:
+    """Return one row per stock variant, with the ratio of medians."""
+    mine = median(times["nnMosaic"])
+    return [
+        {
+            "what": title,
+            "against": name,
+            "stock_median_s": round(median(values), 4),
+            "nnmosaic_median_s": round(mine, 4),
+            "ratio": round(mine / median(values), 3),
+            "repeats": len(values),
+        }
+        for name, values in times.items()
+        if name != "nnMosaic"
+    ]
+
+
+def report(rows: list[dict[str, Any]], differing: float, source: Mapping[str, Any]) -> str:
+    """Return the result page."""
+    header = ("what", "against", "stock, median s", "nnMosaic, median s", "ratio", "repeats")
+    cells = [[str(value) for value in row.values()] for row in rows]
+    return (
+        "# Wall time against stock nnU-Net\n\n"
+        "Made by `python -m benchmarks.pipeline`: alternating runs, ratio of medians.\n\n"
+        f"{table(header, cells)}\n\n"
+        "Preprocessed arrays were compared and are equal. Predicted label maps differ in "
+        f"{differing:.2e} of the voxels. Networks: {len(FOLDS)} untrained folds of the CPU plan "
+        "(seeds 0 to 4); steps: seed 0, half of the labels undeclared.\n\n"
+        f"{footer(source)}\n"
+    )
+
+
+def main() -> None:
+    """Measure, print the table and write it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("benchmark_work"))
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    work = options.work.absolute()
+    prepare(options.data, work)
+    preprocessing = time_preprocessing(work, options.repeats)
+    plan_for_cpu(work)
+    steps = time_training_step(work)
+    make_models(work)
+    predicting, differing = time_prediction(work, options.repeats)
+    all_times = {
+        "fingerprint, plan, preprocessing of 194 cases": preprocessing,
+        "one training step, self-disambiguation against plain": steps,
+        "prediction of 66 cases, 5 folds, mirroring": predicting,
+    }
+    rows = [row for name, times in all_times.items() for row in rows_of(name, times)]
+    source = provenance()
+    text = report(rows, differing, source)
+    content = {**source, "rows": rows, "seconds": all_times, "differing_voxels": differing}
+    write("pipeline", content, text)
+    print(text)
+    print(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()
