@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 LINES = [line.strip() for block in BLOCKS for line in block.splitlines()]
-SHORTER = {"--epochs 5 --iterations_per_epoch 70": "--epochs 1 --iterations_per_epoch 2"}
+SHORTER = {"--epochs 5 --iterations_per_epoch 60": "--epochs 1 --iterations_per_epoch 2"}
 SHORTER["--device cpu --epochs"] = "-f 0 --device cpu --epochs"
 SHORTER["in 0 1 2 3 4"] = "in 0"
 EXAMPLE = Path("examples") / "hippocampus"

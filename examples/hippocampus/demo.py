@@ -144,7 +144,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, default=EXAMPLE)
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     parser.add_argument("--epochs", default="5")
-    parser.add_argument("--iterations_per_epoch", default="70")
+    parser.add_argument("--iterations_per_epoch", default="60")
     parser.add_argument("--val_iterations_per_epoch", default="2")
     parser.add_argument("--initial_lr", default="5e-3")
     parser.add_argument("--folds", nargs="+", choices=FOLDS, default=FOLDS)

@@ -3,7 +3,7 @@
 Two raw datasets come out, one in which only the anterior part is labelled and one in which only the
 posterior part is, and a test set with both labels, all split by subject. The embedded example was
 made with ``python examples/hippocampus/make_example.py --data MSD_FOLDER --output
-examples/hippocampus --training 34 --test 16``.
+examples/hippocampus --training 42 --test 16``.
 """
 
 import argparse
