@@ -18,7 +18,7 @@ from nnmosaic.pipeline.cli import main
 WORKSPACE = Path(tempfile.mkdtemp(prefix="nnmosaic_tests_"))
 FOLDERS = [WORKSPACE / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")]
 os.environ.update({folder.name: str(folder) for folder in FOLDERS})
-os.environ["nnUNet_def_n_proc"] = "2"
+os.environ["nnUNet_def_n_proc"] = "1"  # each is a process that imports torch
 os.environ["nnUNet_n_proc_DA"] = "0"
 
 SHAPE = (20, 24, 22)

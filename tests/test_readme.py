@@ -46,8 +46,9 @@ def small_checkout(tmp_path: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """That of a new user: no variable of nnU-Net, the package's commands on the path."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet_")}
+    """That of a new user: no folder of nnU-Net is set, and the commands are on the path."""
+    unset = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
     return {**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"}
 
 

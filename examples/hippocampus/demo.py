@@ -145,13 +145,10 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     parser.add_argument("--epochs", default="5")
     parser.add_argument("--iterations_per_epoch", default="60")
-    parser.add_argument("--val_iterations_per_epoch", default="2")
-    parser.add_argument("--initial_lr", default="5e-3")
     parser.add_argument("--folds", nargs="+", choices=FOLDS, default=FOLDS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
-    names = ("epochs", "iterations_per_epoch", "val_iterations_per_epoch", "initial_lr")
-    flags = [part for name in names for part in (f"--{name}", getattr(options, name))]
+    flags = ["--epochs", options.epochs, "--iterations_per_epoch", options.iterations_per_epoch]
     result = run(options.data, options.output, flags, options.folds, options.device)
     from overlays import draw_overlays  # not at the top: worker processes import this file
 

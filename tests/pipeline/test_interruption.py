@@ -17,7 +17,7 @@ from nnmosaic.trainers.checkpoint import EXTRA, read_checkpoint
 
 NNMOSAIC = (sys.executable, "-m", "nnmosaic.pipeline.cli")
 DATASET = "Dataset008_Many"
-CASES = 80
+CASES = 50
 
 
 def kill_when(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
@@ -90,7 +90,7 @@ def test_preprocessing_goes_on_after_a_kill(
 def test_training_goes_on_after_a_kill_and_after_sigterm(prepared: Path) -> None:
     model = "nnUNetTrainerSelfDisambiguation__nnUNetPlans__3d_fullres"
     folder = prepared / "nnUNet_results" / "Dataset004_Balls" / model / "fold_0"
-    settings = ["--epochs", "3", "--iterations_per_epoch", "40", "--val_iterations_per_epoch", "1"]
+    settings = ["--epochs", "3", "--iterations_per_epoch", "20", "--val_iterations_per_epoch", "1"]
     command = [*NNMOSAIC, "train", "4", "3d_fullres", "0", *settings]
 
     def in_epoch_one(old_logs: set[Path]) -> Callable[[], bool]:
