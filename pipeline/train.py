@@ -18,8 +18,7 @@ from nnmosaic.planners.preprocessing import data_identifier
 
 logger = logging.getLogger(__name__)
 
-RESUMABLE = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
-"""In the order in which nnU-Net takes one to go on from."""
+FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
 
 
 def model_folder(
@@ -128,22 +127,24 @@ def _checkpoint(folder: Path, *, resume: bool, only_validate: bool) -> Path | No
     An interrupted training goes on also without --c, so that nothing is lost; nnU-Net would begin
     anew and overwrite it.
     """
+    final = folder / FINAL
     if only_validate:
-        final = folder / RESUMABLE[0]
         if not final.is_file():
             raise InputError(f"{final} does not exist: there is no finished training to validate.")
         return final
-    found = [folder / name for name in RESUMABLE if (folder / name).is_file()]
-    if resume and not found:
+    found = [path for path in (folder / LATEST, folder / BEST) if path.is_file()]
+    newest = max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+    newest = final if final.is_file() else newest
+    if resume and newest is None:
         raise InputError(f"--c: {folder} holds no checkpoint to continue from. Leave --c out.")
     if not resume and (folder / "validation" / "summary.json").is_file():
         raise InputError(
             f"{folder} holds a finished training, which training anew would overwrite. Move the "
             "folder away, or validate again with --val."
         )
-    if found:
-        logger.info("Continuing from %s", found[0])
-    return found[0] if found else None
+    if newest is not None:
+        logger.info("Continuing from %s", newest)
+    return newest
 
 
 def _train(

@@ -98,6 +98,7 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         self.planned_for_cpu = section.budget.get("device") == "cpu"
         self._seconds_before = 0.0
         self._started: float | None = None
+        self._first_epoch = 0
         self._last_checkpoint = time.monotonic()
         self._stop_requested = False
 
@@ -149,6 +150,16 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         now = 0.0 if self._started is None else time.monotonic() - self._started
         return self._seconds_before + now
 
+    def _seconds_left(self) -> float:
+        """Estimate from the epochs of this run."""
+        seconds = self._seconds_trained() - self._seconds_before
+        per_epoch = seconds / max(1, self.current_epoch - self._first_epoch)
+        left = per_epoch * (self.num_epochs - self.current_epoch)
+        budget = self.run_settings.time_budget
+        return (
+            left if budget is None else min(left, max(0.0, 60 * budget - self._seconds_trained()))
+        )
+
     def _spent_budget(self) -> float:
         """Return the spent fraction of the time budget; 0 without one."""
         budget = self.run_settings.time_budget
@@ -166,6 +177,7 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         """
         self.on_train_start()
         self._started = self._last_checkpoint = time.monotonic()
+        self._first_epoch = self.current_epoch
         with self._noticing_sigterm():
             while self.current_epoch < self.num_epochs and self._spent_budget() < 1:
                 self.on_epoch_start()
@@ -246,6 +258,7 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
             self.save_every = 1
         super().on_epoch_end()
         self.save_every = every
+        self.print_to_log_file(f"About {self._seconds_left() / 60:.1f} min of training left")
 
     def _to_device(self, target: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         if isinstance(target, list):

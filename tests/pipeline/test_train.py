@@ -1,5 +1,7 @@
 """Training: what is refused before it starts, and that one fold has one training."""
 
+import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from filelock import FileLock
 
 from nnmosaic.pipeline.cli import main
+from nnmosaic.pipeline.train import _checkpoint
 from nnmosaic.planners.ledger import ledger_path
 
 SHORT = ["--epochs", "1", "--iterations_per_epoch", "1", "--val_iterations_per_epoch", "1"]
@@ -55,6 +58,19 @@ def test_a_fold_that_is_being_trained_is_locked(
     (prepared / FOLD).mkdir(parents=True)
     with FileLock(prepared / FOLD / ".training.lock"):
         assert "another process trains this fold" in message(capsys, TRAIN)
+
+
+def test_training_goes_on_from_the_final_or_else_the_newest_checkpoint(tmp_path: Path) -> None:
+    for age, name in enumerate(("checkpoint_latest.pth", "checkpoint_best.pth")):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (100 + age, 100 + age))
+    choose = partial(_checkpoint, tmp_path, resume=False, only_validate=False)
+    assert choose() == tmp_path / "checkpoint_best.pth"
+    os.utime(tmp_path / "checkpoint_latest.pth", (200, 200))
+    assert choose() == tmp_path / "checkpoint_latest.pth"
+    (tmp_path / "checkpoint_final.pth").touch()
+    os.utime(tmp_path / "checkpoint_final.pth", (1, 1))
+    assert choose() == tmp_path / "checkpoint_final.pth"
 
 
 @pytest.mark.slow

@@ -193,6 +193,8 @@ def test_the_time_budget_ends_training_and_schedule(
     monkeypatch.setattr(trainer, "_seconds_trained", lambda: 20.0 * trainer.current_epoch)
     trainer.run_training()
     assert trainer.current_epoch == 3
+    log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
+    assert "About 0.7 min of training left" in log  # 20 of 60 s are spent, 97 epochs would fit
     lrs = trainer.logger.get_checkpoint()["lrs"]
     assert lrs == pytest.approx([1e-2, 1e-2 * (2 / 3) ** 0.9, 1e-2 * (1 / 3) ** 0.9])
 
