@@ -37,7 +37,7 @@ def measure(data: Path, work: Path, settings: Sequence[str]) -> dict[str, Any]:
     )
     summary: dict[str, Any] = read_json(output / "summary.json")
     summary["fold_0_alone"] = _scores(read_json(alone / "summary.json"))
-    return {**provenance(), **summary}
+    return {**summary, **provenance()}
 
 
 def _python(*arguments: str) -> None:

@@ -291,12 +291,21 @@ def _write_case(
         if copy_images:
             shutil.copyfile(path, link)
         else:
-            link.symlink_to(path.resolve())
+            _link(link, path.resolve())
     mapped = _integers(source, merged)[label.astype(np.int64)]
     output = building / "labelsTr" / f"{target}{merged.file_ending}"
     reader.write_seg(mapped[0], str(output), properties)
     values, counts = np.unique(mapped, return_counts=True)
     return {int(v): int(n) for v, n in zip(values, counts, strict=True) if v > 0}
+
+
+def _link(link: Path, target: Path) -> None:
+    try:
+        link.symlink_to(target)
+    except OSError as error:  # Windows without the privilege, or a file system without links
+        raise InputError(
+            f"{link.parent} cannot hold a link to {target} ({error.strerror}). Use --copy."
+        ) from None
 
 
 def _integers(source: Source, merged: DatasetJson) -> np.ndarray:

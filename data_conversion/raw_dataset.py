@@ -153,6 +153,10 @@ def training_cases(folder: Path, dataset: DatasetJson) -> list[Case]:
             raise InputError(next(iter(faults.values())))
         labels = folder / "labelsTr"
         cases = [replace(case, label=labels / f"{case.identifier}{ending}") for case in found]
+    for path in (path for case in cases for path in case.images):
+        if not path.is_file():
+            gone = f" (a link to {path.readlink()})" if path.is_symlink() else ""
+            raise InputError(f"{path}{gone} does not exist. Restore it, or merge with --copy.")
     missing = [case.label for case in cases if case.label is not None and not case.label.is_file()]
     if missing:
         raise InputError(

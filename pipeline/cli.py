@@ -87,18 +87,23 @@ def _command(
     parser.add_argument(
         "--debug", action="store_true", help="show tracebacks and nnU-Net's own output"
     )
+    return parser
+
+
+def _workspace_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workspace",
         type=Path,
-        help="folder for raw data, preprocessed data and results; goes before nnU-Net's variables",
+        metavar="FOLDER",
+        help="raw data, preprocessed data and results; goes before nnU-Net's variables",
     )
-    return parser
 
 
 def _merge(commands: Any) -> None:
     parser = _command(
         commands, "merge", "several raw datasets with different labels into one", _do_merge
     )
+    _workspace_argument(parser)
     parser.add_argument(
         "-d", type=_dataset_id, required=True, metavar="ID", help="id of the new dataset"
     )
@@ -137,6 +142,7 @@ def _doctor(commands: Any) -> None:
     parser = _command(
         commands, "doctor", "check a raw dataset, with a cure for each finding", _do_doctor
     )
+    _workspace_argument(parser)
     parser.add_argument("-d", required=True, metavar="ID", help="dataset id or name")
 
 
@@ -159,6 +165,7 @@ def _plan(commands: Any) -> None:
     parser = _command(
         commands, "plan_and_preprocess", "fingerprint, plans, folds, preprocessing", _do_plan
     )
+    _workspace_argument(parser)
     _planning_arguments(parser)
     parser.add_argument("-d", required=True, metavar="ID", help="dataset id or name")
     parser.add_argument(
@@ -168,7 +175,7 @@ def _plan(commands: Any) -> None:
         "-np", type=_positive, metavar="N", help="processes (default: cores, at most 8)"
     )
     parser.add_argument("-overwrite_plans_name", metavar="NAME", help=f"default: {DEFAULT_PLANS}")
-    parser.add_argument("--device", choices=DEVICES, help="cpu: plan for a machine without a GPU")
+    parser.add_argument("--device", choices=("cpu",), help="plan for a machine without a GPU")
 
 
 def _planning_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +188,8 @@ def _planning_arguments(parser: argparse.ArgumentParser) -> None:
 def _do_plan(options: argparse.Namespace) -> None:
     from nnmosaic.planners.worker_pool import start_server
 
+    if options.device is not None and (options.pl or options.memory_gb):
+        raise InputError("--device cpu has a planner of its own: leave -pl and --memory_gb out.")
     workspace = open_workspace(options.workspace)
     start_server()  # before the other imports, which take a second
     from nnmosaic.pipeline.plan_and_preprocess import plan_and_preprocess
@@ -199,6 +208,7 @@ def _do_plan(options: argparse.Namespace) -> None:
 
 def _train(commands: Any) -> None:
     parser = _command(commands, "train", "train one fold", _do_train)
+    _workspace_argument(parser)
     parser.add_argument("d", metavar="ID", help="dataset id or name")
     parser.add_argument("c", metavar="CONFIGURATION", help="2d, 3d_fullres, 3d_lowres, ...")
     parser.add_argument("f", metavar="FOLD", type=_fold, help="0 to 4, or all")
@@ -265,6 +275,7 @@ def _do_train(options: argparse.Namespace) -> None:
 
 def _predict(commands: Any) -> None:
     parser = _command(commands, "predict", "predict a folder of images", _do_predict)
+    _workspace_argument(parser)
     parser.add_argument("-i", type=Path, required=True, metavar="FOLDER", help="images, CASE_XXXX")
     parser.add_argument(
         "-o", type=Path, required=True, metavar="FOLDER", help="where label maps go"
@@ -305,8 +316,9 @@ def _do_predict(options: argparse.Namespace) -> int:
 
     if not options.m and not (options.d and options.c):
         raise InputError("predict needs -d and -c, or the model folder with -m.")
-    workspace = open_workspace(options.workspace)
-    model = options.m or model_folder(workspace, options.d, options.c, options.tr, options.p)
+    model = options.m or model_folder(
+        open_workspace(options.workspace), options.d, options.c, options.tr, options.p
+    )
     failures = predict(
         options.i,
         options.o,
@@ -368,6 +380,7 @@ def _do_evaluate(options: argparse.Namespace) -> None:
 
 def _run(commands: Any) -> None:
     parser = _command(commands, "run", "plan, preprocess, train all folds, predict", _do_run)
+    _workspace_argument(parser)
     parser.add_argument("-d", required=True, metavar="ID", help="dataset id or name")
     parser.add_argument("-c", required=True, metavar="CONFIGURATION")
     parser.add_argument("-f", nargs="+", type=_fold, default=[0, 1, 2, 3, 4], metavar="FOLD")

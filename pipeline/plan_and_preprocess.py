@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from nnmosaic.data_conversion.atomic_write import read_json, write_json
 from nnmosaic.data_conversion.dataset_json import DatasetJson, read_dataset_json
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.raw_dataset import Case, training_cases
+from nnmosaic.pipeline.lock import exclusive
 from nnmosaic.pipeline.progress import progress
 from nnmosaic.pipeline.workspace import Workspace
 from nnmosaic.planners.fingerprint import extract_fingerprint
@@ -21,7 +23,7 @@ from nnmosaic.planners.worker_pool import call, worker_pool
 logger = logging.getLogger(__name__)
 
 INPUTS_KEY = "nnmosaic_inputs"
-"""In dataset_fingerprint.json: signature of the raw files that it was computed from."""
+"""In dataset_fingerprint.json: what it was computed from, and the labels were checked against."""
 
 
 def plan_and_preprocess(
@@ -59,12 +61,13 @@ def plan_and_preprocess(
     name = workspace.raw_dataset(identifier).name
     raw, preprocessed = workspace.raw / name, workspace.preprocessed / name
     workers = workers or min(8, os.cpu_count() or 1)
-    with worker_pool(workers) as pool:
+    with worker_pool(workers) as pool, ExitStack() as stack:
         dataset = read_dataset_json(raw)
         cases = training_cases(raw, dataset)
         for case in cases:
             dataset.source_of(case.identifier)
         preprocessed.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(exclusive(preprocessed / "preprocessing.lock", "prepares this dataset"))
 
         _fingerprint(cases, dataset, preprocessed, workers)
         plans: dict[str, Any]
@@ -89,7 +92,11 @@ def plan_and_preprocess(
 
 def _fingerprint(cases: Sequence[Case], dataset: DatasetJson, folder: Path, workers: int) -> None:
     path = folder / "dataset_fingerprint.json"
-    inputs = {case.identifier: signature(case) for case in cases}
+    declared = ("labels", "partial_labels", "channel_names")
+    inputs = {
+        "cases": {case.identifier: signature(case) for case in cases},
+        **{key: dataset.content.get(key) for key in declared},
+    }
     if path.is_file() and read_json(path).get(INPUTS_KEY) == inputs:
         logger.info("Fingerprint: unchanged")
         return

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 FAILURES = "failures.json"
 PARTIAL = ".nnmosaic_partial"
+MADE_WITH = "prediction.json"
+"""In the output folder: the model of the label maps, so that no other model's are kept."""
 
 
 def predict(
@@ -49,7 +51,7 @@ def predict(
     save_probabilities : bool
         Also write nnU-Net's ``.npz`` for `ensemble`.
     skip_existing : bool
-        Leave cases alone whose results are there.
+        Leave cases alone whose results are there, if the same model made them.
     previous_stage : Path, optional
         Label maps of the previous stage, for a cascade.
     workers : int, optional
@@ -73,8 +75,12 @@ def predict(
     cases, failures = find_image_cases(
         images, file_ending=dataset.file_ending, num_channels=len(dataset.channel_names)
     )
+    from nnmosaic.trainers.predictor import available_folds, load_predictor
+
+    folds = folds or available_folds(model, checkpoint)
+    made_with = _made_with(model, folds, checkpoint, step_size=step_size, mirroring=mirroring)
     suffixes = [dataset.file_ending, *([".npz"] if save_probabilities else [])]
-    if skip_existing:
+    if skip_existing and _was_made_with(made_with, output):
         cases = [
             case
             for case in cases
@@ -82,7 +88,6 @@ def predict(
         ]
     if cases:
         from nnmosaic.pipeline.device import choose_device
-        from nnmosaic.trainers.predictor import load_predictor
 
         predictor = load_predictor(
             model,
@@ -95,12 +100,30 @@ def predict(
         if predictor.configuration_manager.previous_stage_name and previous_stage is None:
             raise InputError("This is the second stage of a cascade: give -prev_stage_predictions.")
         output.mkdir(parents=True, exist_ok=True)
+        write_json(made_with, output / MADE_WITH)
         for name in ("dataset.json", "plans.json"):  # for ensemble, and nnU-Net's own tools
             shutil.copyfile(model / name, output / name)
         run = _Run(dataset, predictor, output, save_probabilities, previous_stage)
         failures.update(run.all_cases(cases, workers or min(4, os.cpu_count() or 1)))
     _write_failures(failures, output)
     return failures
+
+
+def _made_with(
+    model: Path, folds: Sequence[int | str], checkpoint: str, **options: Any
+) -> dict[str, Any]:
+    """Return what decides about the label maps, besides the images."""
+    files = {str(fold): model / f"fold_{fold}" / checkpoint for fold in folds}
+    written = {fold: path.stat().st_mtime for fold, path in files.items() if path.is_file()}
+    return {"model": str(model.absolute()), "checkpoint": checkpoint, "folds": written, **options}
+
+
+def _was_made_with(made_with: dict[str, Any], output: Path) -> bool:
+    path = output / MADE_WITH
+    same = path.is_file() and read_json(path) == made_with
+    if path.is_file() and not same:
+        logger.info("%s holds predictions of another model; all are made anew", output)
+    return same
 
 
 class _Run:
@@ -116,7 +139,7 @@ class _Run:
     ) -> None:
         self.dataset, self.predictor, self.output = dataset, predictor, output
         self.save_probabilities, self.previous_stage = save_probabilities, previous_stage
-        self.partial = output / PARTIAL
+        self.partial = output / f"{PARTIAL}_{os.getpid()}"
 
     def all_cases(self, cases: Sequence[Case], workers: int) -> dict[str, str]:
         """Predict the cases and return those that failed, with the reason."""

@@ -4,11 +4,15 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from nnmosaic.data_conversion.dataset_json import read_dataset_json
+from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.pipeline.device import choose_device
 from nnmosaic.pipeline.plan_and_preprocess import plan_and_preprocess
 from nnmosaic.pipeline.predict import predict
-from nnmosaic.pipeline.train import model_folder, train
+from nnmosaic.pipeline.train import FINAL, is_finished, model_folder, train
 from nnmosaic.pipeline.workspace import Workspace
 from nnmosaic.planners.plans_section import RunSettings
+from nnmosaic.trainers.checkpoint import stored_settings
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +37,9 @@ def run(
     Called again after an interruption it goes on where it was. Parameters are those of the
     commands.
     """
+    if "cascade" in configuration:
+        raise InputError("run cannot do a cascade: train and predict its stages one by one.")
+    device = device or choose_device(None).type
     plan_and_preprocess(
         workspace,
         identifier,
@@ -40,12 +47,15 @@ def run(
         planner=planner,
         plans_name=plans_name,
         memory_gb=memory_gb,
-        device=device,
+        device=device if planner is None and memory_gb is None else None,
     )
+    dataset = read_dataset_json(workspace.preprocessed / workspace.dataset(identifier))
     model = model_folder(workspace, identifier, configuration, trainer, plans_name)
     for fold in folds:
         folder = model / f"fold_{fold}"
-        if (folder / "validation" / "summary.json").is_file():
+        if is_finished(folder, trainer, dataset):
+            final = folder / FINAL
+            settings.refuse_other(stored_settings(final), str(final))
             logger.info("Fold %s is finished", fold)
             continue
         train(

@@ -2,19 +2,18 @@
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from nnmosaic.data_conversion.atomic_write import read_json
+from nnmosaic.data_conversion.dataset_json import DatasetJson, read_dataset_json
 from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.pipeline.lock import exclusive
 from nnmosaic.pipeline.workspace import Workspace
-from nnmosaic.planners.ledger import Ledger, ledger_path
+from nnmosaic.planners.ledger import Ledger, configuration_digest, ledger_path
 from nnmosaic.planners.plans_section import RunSettings
 from nnmosaic.planners.preprocessing import data_identifier
+from nnmosaic.trainers import TRAINERS
 
 logger = logging.getLogger(__name__)
 
@@ -74,18 +73,51 @@ def train(
     folder = (
         model_folder(workspace, identifier, configuration, trainer, plans_name) / f"fold_{fold}"
     )
-    with _lock(folder):
-        checkpoint = _checkpoint(folder, resume=resume, only_validate=only_validate)
-        arguments = (
-            preprocessed, configuration, fold, trainer, plans_name, settings, checkpoint,
-            only_validate, save_probabilities, pretrained_weights,
-        )  # fmt: skip
+    chosen = _check_request(trainer, settings, device, num_gpus)
+    checkpoint = _checkpoint(
+        folder,
+        resume=resume,
+        only_validate=only_validate,
+        finished=is_finished(folder, trainer, read_dataset_json(preprocessed)),
+    )
+    if checkpoint is not None and pretrained_weights is not None:
+        raise InputError(
+            f"-pretrained_weights begins a training, but {checkpoint} exists. Move {folder} away."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = (
+        preprocessed, configuration, fold, trainer, plans_name, settings, checkpoint,
+        only_validate, save_probabilities, pretrained_weights,
+    )  # fmt: skip
+    with exclusive(folder / ".training.lock", "trains this fold"):
         if num_gpus > 1:
             _train_on_gpus(num_gpus, arguments)
         else:
-            from nnmosaic.pipeline.device import choose_device
+            _train(*arguments, device=chosen)
 
-            _train(*arguments, device=choose_device(device))
+
+def is_finished(fold_folder: Path, trainer: str, dataset: DatasetJson) -> bool:
+    """Return whether a fold is trained and its final validation is complete.
+
+    Where labels are partial, nnU-Net's own summary is replaced by the masked one at the very end.
+    """
+    written = ["summary.json"]
+    if dataset.partial_labels is not None and trainer in TRAINERS:
+        written.append("summary_raw.json")
+    return all((fold_folder / "validation" / name).is_file() for name in written)
+
+
+def _check_request(trainer: str, settings: RunSettings, device: str | None, num_gpus: int) -> Any:
+    """Return the device, after refusing what cannot be trained."""
+    from nnmosaic.pipeline.device import choose_device
+    from nnmosaic.trainers.base import nnUNetTrainerMosaic
+    from nnmosaic.trainers.lookup import trainer_class
+
+    if not issubclass(trainer_class(trainer), nnUNetTrainerMosaic) and settings.given():
+        raise InputError(f"{trainer} is not nnMosaic's: it takes none of {settings.given()}.")
+    if num_gpus > 1 and (settings.time_budget or device not in (None, "cuda")):
+        raise InputError("--num_gpus above 1 works with --device cuda and without --time_budget.")
+    return choose_device("cuda" if num_gpus > 1 else device)
 
 
 def _check_preprocessed(folder: Path, plans_name: str, configuration: str, identifier: str) -> None:
@@ -100,7 +132,11 @@ def _check_preprocessed(folder: Path, plans_name: str, configuration: str, ident
     data = folder / data_identifier(plans, configuration)
     if not data.is_dir() or not any(data.iterdir()):
         raise InputError(f"{data} holds no preprocessed data. {cure}")
-    missing = Ledger(ledger_path(data)).missing()
+    ledger = Ledger(ledger_path(data))
+    labels = read_json(folder / "dataset.json")["labels"]
+    if not ledger.fits(configuration_digest(plans, configuration, labels)):
+        raise InputError(f"{data} was preprocessed for other plans or labels. {cure}")
+    missing = ledger.missing()
     if missing:
         raise InputError(
             f"{data}: preprocessing is not finished, {len(missing)} cases are missing (first: "
@@ -108,20 +144,7 @@ def _check_preprocessed(folder: Path, plans_name: str, configuration: str, ident
         )
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the fold; a killed process releases it by itself."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".training.lock", timeout=0):
-            yield
-    except Timeout:
-        raise InputError(
-            f"{folder}: another process trains this fold. Wait for it, or stop it first."
-        ) from None
-
-
-def _checkpoint(folder: Path, *, resume: bool, only_validate: bool) -> Path | None:
+def _checkpoint(folder: Path, *, resume: bool, only_validate: bool, finished: bool) -> Path | None:
     """Return the checkpoint to load, or None to begin anew.
 
     An interrupted training goes on also without --c, so that nothing is lost; nnU-Net would begin
@@ -137,7 +160,7 @@ def _checkpoint(folder: Path, *, resume: bool, only_validate: bool) -> Path | No
     newest = final if final.is_file() else newest
     if resume and newest is None:
         raise InputError(f"--c: {folder} holds no checkpoint to continue from. Leave --c out.")
-    if not resume and (folder / "validation" / "summary.json").is_file():
+    if finished and not resume:
         raise InputError(
             f"{folder} holds a finished training, which training anew would overwrite. Move the "
             "folder away, or validate again with --val."
@@ -173,8 +196,6 @@ def _train(
     )
     if isinstance(trainer, nnUNetTrainerMosaic):
         trainer.request_settings(settings)
-    elif settings.given():
-        raise InputError(f"{trainer_name} is not nnMosaic's: it takes none of {settings.given()}.")
     if pretrained_weights is not None:
         _load_pretrained(trainer, pretrained_weights)
     if checkpoint is not None:

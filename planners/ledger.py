@@ -19,13 +19,26 @@ def ledger_path(data_folder: Path) -> Path:
     return data_folder.with_name(f"{data_folder.name}_ledger.jsonl")
 
 
+ARRAYS_DEPEND_ON = (
+    "preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm",
+    "resampling_fn_data", "resampling_fn_data_kwargs",
+    "resampling_fn_seg", "resampling_fn_seg_kwargs",
+)  # fmt: skip
+"""Entries of a configuration; patch, batch and network may change without new arrays."""
+
+
+def resolved_configuration(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    """Return a configuration with the entries that it inherits."""
+    own: dict[str, Any] = plans["configurations"][configuration]
+    parent = own.get("inherits_from")
+    return {**resolved_configuration(plans, parent), **own} if parent else dict(own)
+
+
 def configuration_digest(plans: Mapping[str, Any], configuration: str, labels: Any) -> str:
     """Return a digest of everything in the plans and labels that preprocessed arrays depend on."""
+    resolved = resolved_configuration(plans, configuration)
     relevant = {
-        "configuration": plans["configurations"][configuration],
-        "inherited": plans["configurations"].get(
-            plans["configurations"][configuration].get("inherits_from")
-        ),
+        "configuration": {key: resolved.get(key) for key in ARRAYS_DEPEND_ON},
         "intensities": plans["foreground_intensity_properties_per_channel"],
         "transpose": plans["transpose_forward"],
         "reader": plans["image_reader_writer"],
@@ -51,6 +64,10 @@ class Ledger:
         """Return case -> signature of the finished cases; none if the configuration has changed."""
         header, cases = self._read()
         return cases if header.get("digest") == digest else {}
+
+    def fits(self, digest: str) -> bool:
+        """Return whether the arrays were made for this digest; True where there is no ledger."""
+        return bool(self._read()[0].get("digest", digest) == digest)
 
     def missing(self) -> list[str]:
         """Return the cases that were announced but not finished; none where there is no ledger."""

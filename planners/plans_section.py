@@ -58,6 +58,16 @@ class RunSettings:
         """Return the settings that are not None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
+    def refuse_other(self, stored: "RunSettings", where: str) -> None:
+        """Raise `InputError` if one of these settings differs from those of a trained model."""
+        for name, value in self.given().items():
+            before = getattr(stored, name)
+            if before != value:
+                raise InputError(
+                    f"{where} was trained with --{name} {before}, not {value}. Leave the flag out "
+                    "to go on as before, or move the folder away to train anew."
+                )
+
     def over(self, other: "RunSettings") -> "RunSettings":
         """Return these settings, filled up from ``other``."""
         return replace(other, **self.given())

@@ -13,7 +13,13 @@ from typing import Any
 from nnmosaic.data_conversion.atomic_write import read_json, replacing
 from nnmosaic.data_conversion.dataset_json import DatasetJson
 from nnmosaic.data_conversion.raw_dataset import Case
-from nnmosaic.planners.ledger import Ledger, configuration_digest, ledger_path, signature
+from nnmosaic.planners.ledger import (
+    Ledger,
+    configuration_digest,
+    ledger_path,
+    resolved_configuration,
+    signature,
+)
 from nnmosaic.planners.worker_pool import call, run_cases
 
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
@@ -22,10 +28,7 @@ SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 
 def data_identifier(plans: Mapping[str, Any], configuration: str) -> str:
     """Return the name of the folder with the preprocessed data of a configuration."""
-    entry = plans["configurations"][configuration]
-    while "data_identifier" not in entry:
-        entry = plans["configurations"][entry["inherits_from"]]
-    return str(entry["data_identifier"])
+    return str(resolved_configuration(plans, configuration)["data_identifier"])
 
 
 def preprocess_configuration(

@@ -91,6 +91,7 @@ def make_dataset() -> Callable[..., Path]:
 @pytest.fixture
 def workspace() -> Iterator[Path]:
     """Return a folder with the empty folders that nnU-Net's variables point to."""
+    shutil.rmtree(WORKSPACE, ignore_errors=True)
     for folder in FOLDERS:
         folder.mkdir(parents=True)
     yield WORKSPACE

@@ -21,7 +21,6 @@ from torch._dynamo import OptimizedModule
 
 from nnmosaic.data_conversion.atomic_write import replacing, write_json
 from nnmosaic.data_conversion.dataset_json import DatasetJson, parse_dataset_json
-from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.planners.plans_section import RunSettings, read_section
 from nnmosaic.planners.splits import ensure_splits
 from nnmosaic.trainers.checkpoint import EXTRA, read_checkpoint
@@ -73,6 +72,7 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         "continue_training" and is not changed.
     """
 
+    network: Any
     num_epochs: int
     num_iterations_per_epoch: int
     num_val_iterations_per_epoch: int
@@ -154,11 +154,11 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         """Estimate from the epochs of this run."""
         seconds = self._seconds_trained() - self._seconds_before
         per_epoch = seconds / max(1, self.current_epoch - self._first_epoch)
-        left = per_epoch * (self.num_epochs - self.current_epoch)
+        left: float = per_epoch * (self.num_epochs - self.current_epoch)
         budget = self.run_settings.time_budget
-        return (
-            left if budget is None else min(left, max(0.0, 60 * budget - self._seconds_trained()))
-        )
+        if budget is not None:
+            left = min(left, max(0.0, 60 * budget - self._seconds_trained()))
+        return left
 
     def _spent_budget(self) -> float:
         """Return the spent fraction of the time budget; 0 without one."""
@@ -168,7 +168,7 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
     # ---------------------------------------------------------------- training loop
 
     def run_training(self) -> None:
-        """Train to the last epoch, or until the time budget has no room for another one.
+        """Train to the last epoch, or to the one in which the time budget runs out.
 
         Raises
         ------
@@ -299,7 +299,13 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         for _ in range(number):
             if self._stop_requested:
                 self._stop()
-            yield next(loader)
+            try:
+                batch = next(loader)
+            except RuntimeError:  # a signal to the whole process group ends the loader's workers
+                if self._stop_requested:
+                    self._stop()
+                raise
+            yield batch
 
     def _stop(self) -> None:
         """Save what was trained so far; the interrupted epoch is repeated when training goes on."""
@@ -359,14 +365,8 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         super().load_checkpoint(filename_or_checkpoint)
 
     def _adopt(self, stored: RunSettings, filename: str) -> None:
-        given = getattr(self, "_requested_settings", RunSettings()).given()
-        for name, value in given.items():
-            if stored.given().get(name) != value:
-                raise InputError(
-                    f"{filename} was trained with --{name} {stored.given().get(name)}, not "
-                    f"{value}. Leave the flag out to go on as before, or train anew in another "
-                    "folder."
-                )
+        requested = getattr(self, "_requested_settings", RunSettings())
+        requested.refuse_other(stored, filename)
         self.run_settings = stored
 
     def request_settings(self, settings: RunSettings) -> None:
@@ -398,10 +398,12 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         nnU-Net's own summary, in which a class that a source does not annotate counts as absent,
         is kept as ``summary_raw.json``.
         """
+        folder = Path(self.output_folder) / "validation"
+        if self.local_rank == 0:
+            (folder / "summary_raw.json").unlink(missing_ok=True)
         super().perform_actual_validation(save_probabilities)
         if self.local_rank != 0 or self.dataset.partial_labels is None:
             return
-        folder = Path(self.output_folder) / "validation"
         references = Path(self.preprocessed_dataset_folder_base) / "gt_segmentations"
         summary = evaluate_folder(references, folder, self.dataset, allow_missing=True)
         (folder / "summary.json").replace(folder / "summary_raw.json")

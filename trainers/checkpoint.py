@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.planners.plans_section import RunSettings
 
 EXTRA = "nnmosaic"
 """Key of nnMosaic's own entries in a checkpoint; nnU-Net ignores it."""
@@ -42,3 +43,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
         raise InputError(f"{path} is no checkpoint of nnU-Net: it has no network weights.")
     return checkpoint
+
+
+def stored_settings(path: Path) -> RunSettings:
+    """Return the run settings that a checkpoint was trained with; empty ones for nnU-Net's own."""
+    return RunSettings(**read_checkpoint(path).get(EXTRA, {}).get("run_settings", {}))

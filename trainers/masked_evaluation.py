@@ -11,7 +11,7 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnmosaic.data_conversion.case_check import reader_of
-from nnmosaic.data_conversion.dataset_json import DatasetJson
+from nnmosaic.data_conversion.dataset_json import BACKGROUND, IGNORE, DatasetJson
 from nnmosaic.data_conversion.errors import InputError
 
 METRICS = ("Dice", "IoU", "FP", "TP", "FN", "TN", "n_pred", "n_ref")
@@ -66,13 +66,15 @@ def summarise(cases: Sequence[Mapping[str, Any]], dataset: DatasetJson) -> dict[
     keys = list(dict.fromkeys(key for case in cases for key in case["metrics"]))
     keys.sort(key=lambda key: (key.startswith("("), int(key) if key.isdecimal() else 0, key))
     mean = _means(cases, keys)
-    classes = [key for key in keys if not key.startswith("(") and _count(cases, key) > 0]
+    names = {str(dataset.labels[name]): name for name in dataset.foreground}
+    names = names or {str(key): name for name, key in _regions(dataset).items()}
+    classes = [key for key in names if key in keys and _count(cases, key) > 0]
     summary: dict[str, Any] = {
         "foreground_mean": _mean_of(mean[key] for key in classes),
         "mean": mean,
         "metric_per_case": [dict(case) for case in cases],
         "n_cases": {key: _count(cases, key) for key in keys},
-        "labels": {str(dataset.labels[name]): name for name in dataset.foreground},
+        "labels": names,
         "per_source": {},
     }
     for source in dict.fromkeys(case["source"] for case in cases):
@@ -93,6 +95,7 @@ def _score(reference: Path, prediction: Path, dataset: DatasetJson) -> dict[str,
     keys += [
         tuple(sorted(dataset.labels[m] for m in members)) for members in source.merged.values()
     ]
+    keys = keys or list(_regions(dataset).values())
     scores = compute_metrics(
         str(reference), str(prediction), reader_of(dataset), keys, dataset.ignore_label
     )
@@ -106,6 +109,16 @@ def _score(reference: Path, prediction: Path, dataset: DatasetJson) -> dict[str,
         "prediction_file": str(prediction),
         "source": source.source,
         "metrics": metrics,
+    }
+
+
+def _regions(dataset: DatasetJson) -> dict[str, int | tuple[int, ...]]:
+    """Return nnU-Net's overlapping regions: name -> the integers they are made of."""
+    labels = dataset.content["labels"] if dataset.has_regions else {}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in labels.items()
+        if name not in (BACKGROUND, IGNORE)
     }
 
 

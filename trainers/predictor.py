@@ -74,12 +74,14 @@ def load_predictor(
         raise InputError(
             f"{model} has no fold with {checkpoint}. Train first, or choose with -chk."
         )
-    checkpoints = [read_checkpoint(model / f"fold_{fold}" / checkpoint) for fold in folds]
-    first = checkpoints[0]
+    weights = []
+    for fold in folds:  # one at a time: optimizer states are twice as large as the weights
+        content = read_checkpoint(model / f"fold_{fold}" / checkpoint)
+        weights.append(content["network_weights"])
     plans = PlansManager(read_json(model / "plans.json"))
     dataset_json = read_json(model / "dataset.json")
-    configuration = plans.get_configuration(first["init_args"]["configuration"])
-    network = trainer_class(first["trainer_name"]).build_network_architecture(
+    configuration = plans.get_configuration(content["init_args"]["configuration"])
+    network = trainer_class(content["trainer_name"]).build_network_architecture(
         plans,
         configuration,
         determine_num_input_channels(plans, configuration, dataset_json),
@@ -93,7 +95,6 @@ def load_predictor(
         device=device,
         allow_tqdm=False,
     )
-    weights = [content["network_weights"] for content in checkpoints]
     network.load_state_dict(weights[0])
     predictor.manual_initialization(
         network,
@@ -101,7 +102,7 @@ def load_predictor(
         configuration,
         weights,
         dataset_json,
-        first["trainer_name"],
-        first.get("inference_allowed_mirroring_axes"),
+        content["trainer_name"],
+        content.get("inference_allowed_mirroring_axes"),
     )
     return predictor

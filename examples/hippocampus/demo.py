@@ -56,7 +56,8 @@ class Demo:
 
     def command(self, *arguments: str) -> None:
         """Print and run one nnmosaic command."""
-        arguments = (*arguments, "--workspace", str(self.output / "workspace"))
+        if arguments[0] != "evaluate":
+            arguments = (*arguments, "--workspace", str(self.output / "workspace"))
         print("\n$ nnmosaic", *arguments, flush=True)
         code = main(arguments)
         if code != 0:

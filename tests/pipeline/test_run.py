@@ -36,7 +36,8 @@ def test_run_does_everything_and_a_second_time_nothing(
     command += ["-i", str(images), "-o", str(output), *workspace]
     nnmosaic(*command)
     made = {path.name for path in output.iterdir()}
-    assert made == {"case00.nii.gz", "case01.nii.gz", "dataset.json", "plans.json"}
+    kept = {"dataset.json", "plans.json", "prediction.json"}
+    assert made == {"case00.nii.gz", "case01.nii.gz"} | kept
     models = list((home / "nnUNet_results" / "Dataset013_Höhe").iterdir())
     assert len(models) == 1
     files = [*models[0].glob("fold_?/checkpoint_final.pth"), *output.glob("*.nii.gz")]
@@ -47,13 +48,21 @@ def test_run_does_everything_and_a_second_time_nothing(
     assert "Fingerprint: unchanged" in log
     assert "Fold 1 is finished" in log
 
+    other = subprocess.run(
+        [sys.executable, "-m", "nnmosaic.pipeline.cli", *command, "--epochs", "2"],
+        capture_output=True,
+        text=True,
+    )
+    assert other.returncode == 2
+    assert "was trained with --epochs 1, not 2" in other.stderr
+
     folders = ("-i", str(images), "-o", str(home / "with"), "-m", str(models[0]))
-    nnmosaic("predict", *folders, "--save_probabilities", *workspace)
+    nnmosaic("predict", *folders, "--save_probabilities")
     averaged = home / "averaged"
     nnmosaic("ensemble", "-i", str(home / "with"), str(home / "with"), "-o", str(averaged))
     assert len(list(averaged.glob("*.nii.gz"))) == 2
     labels, djfile = str(home / "new" / "labelsTr"), str(home / "new" / "dataset.json")
-    printed = nnmosaic("evaluate", labels, str(averaged), "-djfile", djfile, *workspace)
+    printed = nnmosaic("evaluate", labels, str(averaged), "-djfile", djfile)
     assert "bright" in printed
     summary = json.loads((averaged / "summary.json").read_text())
     assert summary["n_cases"] == {"1": 2, "2": 2}

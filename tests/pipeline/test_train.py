@@ -1,5 +1,6 @@
 """Training: what is refused before it starts, and that one fold has one training."""
 
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,17 @@ def test_incomplete_preprocessing_is_refused(
     assert "nnmosaic plan_and_preprocess -d 4 -c 3d_fullres" in line
 
 
+def test_data_of_other_plans_are_refused(
+    prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans_file = prepared / "nnUNet_preprocessed" / "Dataset004_Balls" / "nnUNetPlans.json"
+    plans = json.loads(plans_file.read_text())
+    plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 2.0, 2.0]
+    plans_file.write_text(json.dumps(plans))
+    line = message(capsys, TRAIN)
+    assert "nnUNetPlans_3d_fullres was preprocessed for other plans or labels" in line
+
+
 def test_unknown_configurations_plans_and_trainers_are_refused(
     prepared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,7 +76,7 @@ def test_training_goes_on_from_the_final_or_else_the_newest_checkpoint(tmp_path:
     for age, name in enumerate(("checkpoint_latest.pth", "checkpoint_best.pth")):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (100 + age, 100 + age))
-    choose = partial(_checkpoint, tmp_path, resume=False, only_validate=False)
+    choose = partial(_checkpoint, tmp_path, resume=False, only_validate=False, finished=False)
     assert choose() == tmp_path / "checkpoint_best.pth"
     os.utime(tmp_path / "checkpoint_latest.pth", (200, 200))
     assert choose() == tmp_path / "checkpoint_latest.pth"
@@ -86,7 +98,9 @@ def test_continuing_and_validating_need_what_they_continue(
         capsys, TRAIN
     )
     assert final.read_bytes() == before
+    weights = ["-pretrained_weights", str(final)]
     (prepared / FOLD / "validation" / "summary.json").unlink()
+    assert "-pretrained_weights begins a training, but" in message(capsys, [*TRAIN, *weights])
     assert main(TRAIN) == 0  # only the validation was missing
     summary = prepared / FOLD / "validation" / "summary.json"
     before = summary.stat().st_mtime_ns
@@ -129,4 +143,7 @@ def test_devices_that_are_not_there_are_refused(
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert "torch finds no CUDA device here" in message(capsys, [*TRAIN, "--device", "cuda"])
     assert "torch finds no Apple GPU here" in message(capsys, [*TRAIN, "--device", "mps"])
-    assert "torch finds 0 CUDA devices" in message(capsys, [*TRAIN, "--num_gpus", "2"])
+    assert "torch finds no CUDA device" in message(capsys, [*TRAIN, "--num_gpus", "2"])
+    line = message(capsys, [*TRAIN, "--num_gpus", "2", "--device", "cpu"])
+    assert "--num_gpus above 1 works with --device cuda" in line
+    assert not (prepared / "nnUNet_results" / "Dataset004_Balls").exists()

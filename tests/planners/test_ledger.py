@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from nnmosaic.data_conversion.raw_dataset import Case
-from nnmosaic.planners.ledger import Ledger, signature
+from nnmosaic.planners.ledger import Ledger, configuration_digest, signature
 
 
 def test_finished_and_missing_cases(tmp_path: Path) -> None:
@@ -33,3 +33,30 @@ def test_a_replaced_file_changes_the_signature(tmp_path: Path) -> None:
     assert signature(case) == before
     image.write_bytes(b"12")
     assert signature(case) != before
+
+
+PLANS = {
+    "configurations": {
+        "3d_fullres": {"data_identifier": "x", "spacing": [1, 1, 1], "batch_size": 2},
+        "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
+        "other": {"inherits_from": "3d_fullres", "spacing": [2, 1, 1]},
+    },
+    "foreground_intensity_properties_per_channel": {},
+    "transpose_forward": [0, 1, 2],
+    "image_reader_writer": "SimpleITKIO",
+}
+
+
+def test_the_digest_follows_the_arrays_and_nothing_else(tmp_path: Path) -> None:
+    digest = configuration_digest(PLANS, "3d_fullres", {"a": 1})
+    assert configuration_digest(PLANS, "3d_cascade_fullres", {"a": 1}) == digest
+    assert configuration_digest(PLANS, "other", {"a": 1}) != digest
+    assert configuration_digest(PLANS, "3d_fullres", {"a": 2}) != digest
+    larger = {**PLANS["configurations"]["3d_fullres"], "batch_size": 4}
+    changed = {**PLANS, "configurations": {"3d_fullres": larger}}
+    assert configuration_digest(changed, "3d_fullres", {"a": 1}) == digest
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    assert ledger.fits(digest)  # made by nnU-Net itself: nothing is known
+    ledger.begin(digest, ["x"], {})
+    assert ledger.fits(digest)
+    assert not ledger.fits("another")

@@ -9,6 +9,7 @@ from pathlib import Path
 import blosc2
 import numpy as np
 import pytest
+from filelock import FileLock
 from nnunetv2.experiment_planning import plan_and_preprocess_api as stock
 
 from nnmosaic.data_conversion.errors import InputError
@@ -106,7 +107,29 @@ def test_a_broken_case_stops_before_anything_is_planned(here: Workspace) -> None
     (here.raw / NAME / "labelsTr" / "case03.nii.gz").write_bytes(b"")
     with pytest.raises(InputError, match=r"case03\.nii\.gz is empty"):
         plan_and_preprocess(here, "4", ["3d_fullres"], workers=1)
-    assert list((here.preprocessed / NAME).iterdir()) == []
+    written = {path.name for path in (here.preprocessed / NAME).iterdir()}
+    assert written <= {"preprocessing.lock"}
+
+
+@pytest.mark.slow
+def test_declarations_are_checked_again_when_they_change(here: Workspace) -> None:
+    plan_and_preprocess(here, "4", ["3d_fullres"], workers=1)
+    path = here.raw / NAME / "dataset.json"
+    content = json.loads(path.read_text())
+    sources = {"A": {"pattern": "[01]$", "annotated": ["bright"]}, "B": {"annotated": "all"}}
+    content["partial_labels"] = {"sources": {**sources, "B": {**sources["B"], "pattern": "[234]$"}}}
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"case0[01]\.nii\.gz holds the label value 2"):
+        plan_and_preprocess(here, "4", ["3d_fullres"], workers=1)
+
+
+def test_two_commands_do_not_prepare_one_dataset(here: Workspace) -> None:
+    (here.preprocessed / NAME).mkdir()
+    with (
+        FileLock(here.preprocessed / NAME / "preprocessing.lock"),
+        pytest.raises(InputError, match="another process prepares this dataset"),
+    ):
+        plan_and_preprocess(here, "4", ["3d_fullres"], workers=1)
 
 
 @pytest.mark.slow

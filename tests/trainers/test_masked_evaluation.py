@@ -81,6 +81,22 @@ def test_without_declarations_the_numbers_are_nnunets(folders: tuple[Path, Path]
             assert str(sorted(case["metrics"][key].items())) == str(sorted(metrics.items()))
 
 
+def test_regions_are_scored_as_nnunet_does(folders: tuple[Path, Path]) -> None:
+    labels = {"background": 0, "all": [1, 2, 3], "tumour": 3}
+    content = {"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz"}
+    content["regions_class_order"] = [1, 2]
+    summary = evaluate_folder(*folders, parse_dataset_json(content))
+    assert summary["labels"] == {"(1, 2, 3)": "all", "3": "tumour"}
+    assert summary["n_cases"] == {"3": 4, "(1, 2, 3)": 4}
+    by_case = {
+        Path(c["prediction_file"]).name[:2]: c["metrics"] for c in summary["metric_per_case"]
+    }
+    assert by_case["A1"]["(1, 2, 3)"]["Dice"] == pytest.approx(2 * 8 / (8 + 28))
+    assert by_case["B1"]["(1, 2, 3)"]["Dice"] == 1
+    expected = (summary["mean"]["3"]["Dice"] + summary["mean"]["(1, 2, 3)"]["Dice"]) / 2
+    assert summary["foreground_mean"]["Dice"] == pytest.approx(expected)
+
+
 def test_missing_predictions_are_named_or_allowed(folders: tuple[Path, Path]) -> None:
     (folders[1] / "C1.nii.gz").unlink()
     with pytest.raises(InputError, match=r"C1\.nii\.gz does not exist \(1 of 4 references"):
