@@ -1,6 +1,9 @@
 """Properties T1 to T17 and golden numbers of methods/self_disambiguation.md, 6.6 and 6.8."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,6 +224,58 @@ def test_t1_t2_complete_source_is_bit_equal_to_nnunet(batch_dice: bool, ignore: 
     entropy, ambiguous = conditional_entropy(golden_logits(), golden_target(COMPLETE), COMPLETE)
     assert entropy.abs().max().item() == 0.0
     assert not ambiguous.any()
+
+
+@pytest.mark.parametrize("batch_dice", [True, False])
+@pytest.mark.parametrize("ignore", [None, IGNORE])
+def test_the_grouped_terms_of_a_complete_source_are_nnunets(
+    batch_dice: bool, ignore: int | None
+) -> None:
+    """The module hands complete batches to nnU-Net's loss, but not under DDP with batch Dice."""
+    z, y = golden_logits(), golden_raw().clamp_max(C - 1)
+    if ignore is not None:
+        y[:, :, 0] = ignore
+    log_p = group_log_probabilities(z, COMPLETE)
+    scored = torch.ones(B, C, dtype=torch.bool)
+    ours = grouped_cross_entropy(log_p, y, ignore_label=ignore) + grouped_dice(
+        log_p, y, scored=scored, batch_dice=batch_dice, ignore_label=ignore
+    )
+    expected = nnunet_loss(batch_dice=batch_dice, ignore=ignore)(z, y)
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-7)
+
+
+ONE_OF_TWO_PROCESSES = """
+import sys, torch
+from nnmosaic.trainers.self_disambiguation.loss import group_log_probabilities, grouped_dice
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+logits, target, table = torch.load(f"{folder}/inputs.pt")
+mine = slice(rank, rank + 1)
+z, table = logits[mine].requires_grad_(), table[mine]
+log_p = group_log_probabilities(z, table)
+scored = table == torch.arange(table.shape[1])
+value = grouped_dice(log_p, target[mine], scored=scored, batch_dice=True, ddp=True)
+value.backward()
+torch.save((value.detach(), z.grad), f"{folder}/{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_batch_dice_of_two_processes_is_that_of_the_whole_batch(tmp_path: Path) -> None:
+    z, y = golden_logits(), golden_target()
+    torch.save((z, y, PARTIAL), tmp_path / "inputs.pt")
+    command = [sys.executable, "-c", ONE_OF_TWO_PROCESSES]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    z.requires_grad_()
+    whole = dice(z, y, PARTIAL)
+    whole.backward()
+    for rank in range(2):
+        value, gradient_here = torch.load(tmp_path / f"{rank}.pt")
+        assert value.item() == pytest.approx(whole.item(), rel=1e-12)
+        # Every process has the loss of the whole batch; DDP averages the gradients of the two.
+        torch.testing.assert_close(gradient_here, 2 * z.grad[rank : rank + 1])
 
 
 def test_t3_split_inside_a_group_does_not_matter() -> None:
