@@ -205,19 +205,11 @@ def time_prediction(work: Path, repeats: int) -> dict[str, Any]:
     images, cores = ("-i", str(work / "images")), str(os.cpu_count())
     outputs = {name: work / f"predicted_{name}" for name in ("stock", "nnMosaic")}
     workers = ("-device", "cpu", "-npp", cores, "-nps", cores)
+    stock_options = (*model, *images, *workers, "-o", str(outputs["stock"]))
+    our_options = (*model, *images, "--device", "cpu", "-np", cores, "-o", str(outputs["nnMosaic"]))
     commands = {
-        "stock": stock("predict", *model, *images, *workers, "-o", str(outputs["stock"])),
-        "nnMosaic": ours(
-            "predict",
-            *model,
-            *images,
-            "--device",
-            "cpu",
-            "-np",
-            cores,
-            "-o",
-            str(outputs["nnMosaic"]),
-        ),
+        "stock": stock("predict", *stock_options),
+        "nnMosaic": ours("predict", *our_options),
     }
     times: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(repeats):
@@ -309,8 +301,10 @@ def main() -> None:
     }
     rows = [row for name, times in all_times.items() for row in rows_of(name, times)]
     source = provenance()
-    text = report(rows, prediction["differing_voxels"], source)
-    write("pipeline", {**source, "rows": rows, "seconds": all_times, **prediction}, text)
+    differing = prediction["differing_voxels"]
+    text = report(rows, differing, source)
+    content = {**source, "rows": rows, "seconds": all_times, "differing_voxels": differing}
+    write("pipeline", content, text)
     print(text)
 
 
