@@ -68,7 +68,7 @@ def _table(matrix: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     for name, row in matrix.items():
         table.add_row(name, *(_cell(cell) for cell in row.values()))
     output = io.StringIO()
-    Console(file=output, width=40 + 30 * table.columns.__len__()).print(table)
+    Console(file=output, width=40 + 30 * len(table.columns)).print(table)
     return "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())
 
 
