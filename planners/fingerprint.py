@@ -102,17 +102,24 @@ def _intensity_properties(samples: list[np.ndarray]) -> dict[str, float]:
     values = np.concatenate(samples)
     if values.size == 0:
         raise InputError("No case has a labelled voxel: labelsTr holds only background.")
-    with ThreadPoolExecutor(1) as pool:  # sorting 1e8 values takes as long as all the rest
-        percentiles = pool.submit(np.percentile, values, (0.5, 50.0, 99.5))
-        mean, deviation = float(np.mean(values)), float(np.std(values))
-        smallest, largest = float(np.min(values)), float(np.max(values))
-        low, median, high = (float(value) for value in percentiles.result())
+    mean, deviation = float(np.mean(values)), float(np.std(values))  # nnU-Net's, in its order
+    values.sort()  # numpy sorts 1e8 values in a third of the time of np.percentile
+    low, median, high = (_percentile(values, percent) for percent in (0.5, 50.0, 99.5))
     return {
         "mean": mean,
         "median": median,
         "std": deviation,
-        "min": smallest,
-        "max": largest,
+        "min": float(values[0]),
+        "max": float(values[-1]),
         "percentile_99_5": high,
         "percentile_00_5": low,
     }
+
+
+def _percentile(ordered: np.ndarray, percent: float) -> float:
+    """Return what np.percentile interpolates, to the last bit, of values that are sorted."""
+    position = percent / 100 * (ordered.size - 1)
+    below = int(position)
+    lower, upper = ordered[below], ordered[min(below + 1, ordered.size - 1)]
+    weight, gap = position - below, float(upper - lower)
+    return float(lower) + gap * weight if weight < 0.5 else float(upper) - gap * (1 - weight)

@@ -6,6 +6,7 @@ imports them once for all workers.
 
 import contextlib
 import io
+import multiprocessing
 import os
 from collections.abc import Mapping
 from functools import lru_cache
@@ -53,6 +54,10 @@ def plan(
         # nnU-Net's planners pass the number to torch.set_num_threads, which refuses 0. They run in
         # a worker process, so the setting of the command itself stays.
         os.environ["nnUNet_n_proc_DA"] = "1"
+    if "fork" in multiprocessing.get_all_start_methods():
+        # nnU-Net lists the files of a dataset with 12 processes, which takes ten times as long in
+        # the way that this worker was started.
+        multiprocessing.set_start_method("fork", force=True)
     with contextlib.redirect_stdout(io.StringIO()) as output:
         plans: dict[str, Any] = planner_class(dataset_name, **options).plan_experiment()
     return plans, output.getvalue()
