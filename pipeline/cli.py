@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         _merge,
         _doctor,
         _plan,
+        _plan_and_preprocess,
         _train,
         _predict,
         _ensemble,
@@ -162,48 +163,105 @@ def _do_doctor(options: argparse.Namespace) -> int:
 
 
 def _plan(commands: Any) -> None:
+    parser = _command(commands, "plan", "fingerprint and plans, and why they are so", _do_plan)
+    _workspace_argument(parser)
+    _planning_arguments(parser)
+    _plan_command_arguments(parser)
+
+
+def _plan_and_preprocess(commands: Any) -> None:
     parser = _command(
         commands, "plan_and_preprocess", "fingerprint, plans, folds, preprocessing", _do_plan
     )
     _workspace_argument(parser)
     _planning_arguments(parser)
-    parser.add_argument("-d", required=True, metavar="ID", help="dataset id or name")
+    _cpu_budget_arguments(parser)
+    _plan_command_arguments(parser)
     parser.add_argument(
         "-c", nargs="+", default=["2d", "3d_fullres", "3d_lowres"], metavar="CONFIGURATION"
     )
     parser.add_argument(
-        "-np", type=_positive, metavar="N", help="processes (default: cores, at most 8)"
+        "-np",
+        type=_positive,
+        metavar="N",
+        help="processes (default: cores, at most 8, as many as the free memory has room for)",
     )
+    parser.add_argument(
+        "--folds",
+        type=_positive,
+        default=5,
+        metavar="N",
+        help="folds that are trained in --minutes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep_plans", action="store_true", help="preprocess for the plans file as it is"
+    )
+
+
+def _plan_command_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-d", required=True, metavar="ID", help="dataset id or name")
     parser.add_argument("-overwrite_plans_name", metavar="NAME", help=f"default: {DEFAULT_PLANS}")
+    parser.add_argument("-tr", metavar="TRAINER", help="leave room for what this trainer needs")
     parser.add_argument("--device", choices=("cpu",), help="plan for a machine without a GPU")
+    parser.add_argument(
+        "--explain", action="store_true", help="show the numbers behind each decision"
+    )
 
 
 def _planning_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-pl", metavar="PLANNER", help="class name of an nnU-Net planner")
+    parser.add_argument(
+        "-pl",
+        metavar="PLANNER",
+        help="MosaicPlanner (default), MosaicPlannerResEncM, L, XL, or "
+        "the class name of an nnU-Net planner",
+    )
     parser.add_argument(
         "--memory_gb", type=_positive_float, metavar="GB", help="GPU memory to plan for"
+    )
+
+
+def _cpu_budget_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--minutes",
+        type=_positive_float,
+        metavar="N",
+        help="with --device cpu: choose network and steps so that all folds train in this time",
+    )
+    parser.add_argument(
+        "--cores", type=_positive, metavar="N", help="with --device cpu: threads of the training"
     )
 
 
 def _do_plan(options: argparse.Namespace) -> None:
     from nnmosaic.planners.worker_pool import start_server
 
-    if options.device is not None and (options.pl or options.memory_gb):
-        raise InputError("--device cpu has a planner of its own: leave -pl and --memory_gb out.")
     workspace = open_workspace(options.workspace)
     start_server()  # before the other imports, which take a second
-    from nnmosaic.pipeline.plan_and_preprocess import plan_and_preprocess
+    from dataclasses import replace
 
-    plan_and_preprocess(
-        workspace,
-        options.d,
-        options.c,
+    from nnmosaic.pipeline.plan_and_preprocess import PlanRequest, plan, plan_and_preprocess
+    from nnmosaic.pipeline.plan_report import plan_report, print_report
+
+    request = PlanRequest(
         planner=options.pl,
         plans_name=options.overwrite_plans_name,
         memory_gb=options.memory_gb,
+        trainer=options.tr,
         device=options.device,
-        workers=options.np,
     )
+    if options.name == "plan":
+        result = plan(workspace, options.d, request)
+    else:
+        request = replace(
+            request,
+            minutes=options.minutes,
+            cores=options.cores,
+            folds=options.folds,
+            keep_plans=options.keep_plans,
+        )
+        result = plan_and_preprocess(workspace, options.d, options.c, request, workers=options.np)
+    report = plan_report(result.plans, result.sizes, result.decisions, explain=options.explain)
+    print_report(report)
 
 
 def _train(commands: Any) -> None:
@@ -390,6 +448,7 @@ def _run(commands: Any) -> None:
     )
     _model_arguments(parser)
     _planning_arguments(parser)
+    _cpu_budget_arguments(parser)
     _run_settings_arguments(parser)
 
 
@@ -407,6 +466,8 @@ def _do_run(options: argparse.Namespace) -> int:
         plans_name=options.p,
         planner=options.pl,
         memory_gb=options.memory_gb,
+        minutes=options.minutes,
+        cores=options.cores,
         settings=_run_settings(options),
         device=options.device,
     )

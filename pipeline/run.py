@@ -7,7 +7,7 @@ from pathlib import Path
 from nnmosaic.data_conversion.dataset_json import read_dataset_json
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.pipeline.device import choose_device
-from nnmosaic.pipeline.plan_and_preprocess import plan_and_preprocess
+from nnmosaic.pipeline.plan_and_preprocess import PlanRequest, plan_and_preprocess
 from nnmosaic.pipeline.predict import predict
 from nnmosaic.pipeline.train import FINAL, is_finished, model_folder, train
 from nnmosaic.pipeline.workspace import Workspace
@@ -29,6 +29,8 @@ def run(
     plans_name: str,
     planner: str | None = None,
     memory_gb: float | None = None,
+    minutes: float | None = None,
+    cores: int | None = None,
     settings: RunSettings,
     device: str | None = None,
 ) -> dict[str, str]:
@@ -40,15 +42,18 @@ def run(
     if "cascade" in configuration:
         raise InputError("run cannot do a cascade: train and predict its stages one by one.")
     device = device or choose_device(None).type
-    plan_and_preprocess(
-        workspace,
-        identifier,
-        [configuration],
+    planned_for_cpu = device == "cpu" and planner is None and memory_gb is None
+    request = PlanRequest(
         planner=planner,
         plans_name=plans_name,
         memory_gb=memory_gb,
-        device=device if planner is None and memory_gb is None else None,
+        trainer=trainer,
+        device="cpu" if planned_for_cpu else None,
+        minutes=minutes,
+        cores=cores,
+        folds=len(folds),
     )
+    plan_and_preprocess(workspace, identifier, [configuration], request)
     dataset = read_dataset_json(workspace.preprocessed / workspace.dataset(identifier))
     model = model_folder(workspace, identifier, configuration, trainer, plans_name)
     for fold in folds:

@@ -26,6 +26,11 @@ ARRAYS_DEPEND_ON = (
 )  # fmt: skip
 """Entries of a configuration; patch, batch and network may change without new arrays."""
 
+NORMALISATIONS_OF_ONE_IMAGE = {
+    "ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization"
+}  # fmt: skip
+"""nnU-Net's schemes that look at the image alone: a new case then leaves the others as they are."""
+
 
 def resolved_configuration(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
     """Return a configuration with the entries that it inherits."""
@@ -39,7 +44,9 @@ def configuration_digest(plans: Mapping[str, Any], configuration: str, labels: A
     resolved = resolved_configuration(plans, configuration)
     relevant = {
         "configuration": {key: resolved.get(key) for key in ARRAYS_DEPEND_ON},
-        "intensities": plans["foreground_intensity_properties_per_channel"],
+        "intensities": None
+        if set(resolved.get("normalization_schemes", ("?",))) <= NORMALISATIONS_OF_ONE_IMAGE
+        else plans["foreground_intensity_properties_per_channel"],
         "transpose": plans["transpose_forward"],
         "reader": plans["image_reader_writer"],
         "labels": labels,
@@ -47,11 +54,25 @@ def configuration_digest(plans: Mapping[str, Any], configuration: str, labels: A
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
-def signature(case: Case) -> str:
-    """Return what changes when a file of the case is replaced: names, sizes and times."""
-    files = [*case.images, *([case.label] if case.label else [])]
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+def file_times(case: Case) -> list[list[int]]:
+    """Return size (bytes) and time of change (ns) of each file of a case, the label last."""
+    stats = [path.stat() for path in _files(case)]
+    return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+
+
+def content_digest(case: Case) -> str:
+    """Return a digest of the bytes of all files of a case; names and times do not enter."""
+    digest = hashlib.sha256()
+    for path in _files(case):
+        digest.update(f"{path.stat().st_size} bytes:".encode())
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _files(case: Case) -> list[Path]:
+    return [*case.images, *([case.label] if case.label else [])]
 
 
 class Ledger:
@@ -61,7 +82,7 @@ class Ledger:
         self.path = path
 
     def finished(self, digest: str) -> dict[str, str]:
-        """Return case -> signature of the finished cases; none if the configuration has changed."""
+        """Return finished case -> digest of its files; none if the configuration has changed."""
         header, cases = self._read()
         return cases if header.get("digest") == digest else {}
 
@@ -78,13 +99,13 @@ class Ledger:
         """Announce ``cases`` and keep the ``finished`` ones."""
         with replacing(self.path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.write(json.dumps({"digest": digest, "cases": sorted(cases)}) + "\n")
-            for case, sign in finished.items():
-                file.write(json.dumps({"case": case, "signature": sign}) + "\n")
+            for case, content in finished.items():
+                file.write(json.dumps({"case": case, "content": content}) + "\n")
 
-    def add(self, case: str, sign: str) -> None:
+    def add(self, case: str, content: str) -> None:
         """Record that all files of a case are in place."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"case": case, "signature": sign}) + "\n")
+            file.write(json.dumps({"case": case, "content": content}) + "\n")
 
     def _read(self) -> tuple[dict[str, Any], dict[str, str]]:
         if not self.path.is_file():
@@ -99,5 +120,5 @@ class Ledger:
             if number == 0:
                 header = entry
             else:
-                cases[entry["case"]] = entry["signature"]
+                cases[entry["case"]] = entry.get("content", "")
         return header, cases

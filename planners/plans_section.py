@@ -4,7 +4,7 @@ It holds what a trainer must know beyond nnU-Net's own plans. nnU-Net ignores th
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from nnmosaic.data_conversion.errors import InputError
@@ -74,19 +74,66 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """One decision of a planner, for people to read.
+
+    Attributes
+    ----------
+    what, choice, reason : str
+        "target spacing", "1 x 1 x 1 mm", "median over all cases".
+    numbers : mapping
+        What the reason rests on.
+    warns : bool
+        Whether a user should look at it.
+    """
+
+    what: str
+    choice: str
+    reason: str
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    warns: bool = False
+
+
+@dataclass(frozen=True)
 class PlansSection:
     """nnMosaic's section of the plans.
 
     Attributes
     ----------
     budget : mapping
-        What the planner was asked to fit into, as given: "device", "memory_gb".
+        What the planner was asked to fit into, as given: "device", "cores", "minutes", "folds",
+        "memory_gb", "memory_factor".
     run_settings : RunSettings
         The training that fits this budget. Flags of the train command go before it.
+    decisions : tuple of Decision
+        For people; nothing depends on them.
+    expected : mapping
+        Configuration -> what was measured on this machine and what follows from it:
+        "seconds_per_step", "memory_gb", "minutes_per_fold".
     """
 
-    budget: Mapping[str, Any]
-    run_settings: RunSettings
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    run_settings: RunSettings = field(default_factory=RunSettings)
+    decisions: tuple[Decision, ...] = ()
+    expected: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PlanningResult:
+    """Plans, and what is said about them.
+
+    Attributes
+    ----------
+    sizes : mapping
+        Configuration -> "parameters", and "memory_gb" where nnU-Net has an estimate.
+    output : str
+        What nnU-Net printed.
+    """
+
+    plans: dict[str, Any]
+    decisions: tuple[Decision, ...]
+    sizes: dict[str, dict[str, float]]
+    output: str
 
 
 def read_section(plans: Mapping[str, Any]) -> PlansSection:
@@ -104,9 +151,14 @@ def read_section(plans: Mapping[str, Any]) -> PlansSection:
         raise InputError(
             f'The plans hold the unknown setting "{SECTION}.run_settings.{unknown[0]}".'
         )
-    return PlansSection(section.get("budget", {}), RunSettings(**settings))
+    return PlansSection(
+        section.get("budget", {}),
+        RunSettings(**settings),
+        tuple(Decision(**decision) for decision in section.get("decisions", ())),
+        section.get("expected", {}),
+    )
 
 
 def write_section(plans: dict[str, Any], section: PlansSection) -> None:
     """Put the section into ``plans``, in place."""
-    plans[SECTION] = {"budget": dict(section.budget), "run_settings": section.run_settings.given()}
+    plans[SECTION] = {**asdict(section), "run_settings": section.run_settings.given()}

@@ -5,7 +5,7 @@ The work on one case is in `nnmosaic.planners.planning_worker`.
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,16 @@ from nnmosaic.planners.ledger import (
     configuration_digest,
     ledger_path,
     resolved_configuration,
-    signature,
 )
 from nnmosaic.planners.worker_pool import call, run_cases
 
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 """Files of one preprocessed case."""
+
+
+def case_file(scratch: str | Path, process: int) -> Path:
+    """Return the file in which a worker process notes the case it is working on."""
+    return Path(scratch) / f"{process}.case"
 
 
 def data_identifier(plans: Mapping[str, Any], configuration: str) -> str:
@@ -36,8 +40,9 @@ def preprocess_configuration(
     dataset: DatasetJson,
     plans_file: Path,
     configuration: str,
-    pool: ProcessPoolExecutor,
+    pool: Executor,
     *,
+    contents: Mapping[str, str],
     on_case: Callable[[str], None],
 ) -> int:
     """Preprocess the cases that are not yet done and return their number.
@@ -49,6 +54,8 @@ def preprocess_configuration(
     ----------
     plans_file : Path
         In the dataset's folder of ``nnUNet_preprocessed``; the data folder lies beside it.
+    contents : mapping of str to str
+        Case -> digest of its files (`nnmosaic.planners.ledger.content_digest`).
     on_case : callable
         Called with the name of each finished case.
     """
@@ -57,14 +64,14 @@ def preprocess_configuration(
     folder = plans_file.parent / identifier
     ledger = Ledger(ledger_path(folder))
     digest = configuration_digest(plans, configuration, dataset.content["labels"])
-    signatures = {case.identifier: signature(case) for case in cases}
     finished = {
-        name: sign
-        for name, sign in ledger.finished(digest).items()
-        if signatures.get(name) == sign and all((folder / f"{name}{s}").is_file() for s in SUFFIXES)
+        name: digest_then
+        for name, digest_then in ledger.finished(digest).items()
+        if contents.get(name) == digest_then
+        and all((folder / f"{name}{s}").is_file() for s in SUFFIXES)
     }
     _remove_all_but(folder, finished)
-    ledger.begin(digest, list(signatures), finished)
+    ledger.begin(digest, list(contents), finished)
     scratch = folder.with_name(f".{identifier}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -74,12 +81,18 @@ def preprocess_configuration(
         for name, case in todo.items()
     }
     try:
-        for name, _ in run_cases(pool, partial(call, "preprocess_case"), arguments):
-            ledger.add(name, signatures[name])
+        work = partial(call, "preprocess_case")
+        for name, _ in run_cases(pool, work, arguments, case_of=partial(_noted_case, scratch)):
+            ledger.add(name, contents[name])
             on_case(name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return len(todo)
+
+
+def _noted_case(scratch: Path, process: int) -> str | None:
+    note = case_file(scratch, process)
+    return note.read_text(encoding="utf-8") if note.is_file() else None
 
 
 def copy_references(cases: Sequence[Case], folder: Path, file_ending: str) -> None:

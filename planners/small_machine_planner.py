@@ -2,11 +2,8 @@
 
 from typing import Any
 
-from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
-    ExperimentPlanner,
-)
-
-from nnmosaic.planners.plans_section import PlansSection, RunSettings, write_section
+from nnmosaic.planners.mosaic_planner import MosaicPlanner
+from nnmosaic.planners.plans_section import Decision, RunSettings
 
 SMALLEST_PRESET_GB = 8
 """Memory that nnU-Net's default planner and its smallest preset (ResEnc M) are made for."""
@@ -33,41 +30,26 @@ CPU_RUN = RunSettings(
 """2000 steps: about 10 minutes per fold. AdamW comes further than SGD in so few steps."""
 
 
-class SmallMachinePlanner(ExperimentPlanner):
-    """nnU-Net's default planner with features, patch and batch that fit a small budget.
+class SmallMachinePlanner(MosaicPlanner):
+    """Features, patch and batch that fit a small budget; all else as `MosaicPlanner` does.
 
-    Spacing, normalisation, topology rules and file format stay nnU-Net's; only the number of
-    features and the bound on the size of the feature maps change, so the patch follows from
-    nnU-Net's own loop.
+    Only the number of features and the bound on the size of the feature maps change, so the patch
+    follows from nnU-Net's own loop.
 
     Parameters
     ----------
-    dataset_name_or_id, gpu_memory_target_in_gb, preprocessor_name, plans_name, \
-    overwrite_target_spacing, suppress_transpose
-        As in nnU-Net's planner. The memory is used where `device` is not "cpu".
     device : {"cpu", "cuda", "mps"}
         For "cpu" the bound is on time, and a short training is written into the plans.
+    size : float
+        For "cpu": factor on the bound of the feature maps.
+
+    Other parameters are those of `MosaicPlanner`. The memory is used where `device` is not "cpu".
     """
 
     def __init__(
-        self,
-        dataset_name_or_id: str | int,
-        gpu_memory_target_in_gb: float = SMALLEST_PRESET_GB,
-        preprocessor_name: str = "DefaultPreprocessor",
-        plans_name: str = "nnUNetPlans",
-        overwrite_target_spacing: list[float] | None = None,
-        suppress_transpose: bool = False,
-        *,
-        device: str = "cuda",
+        self, *arguments: Any, device: str = "cuda", size: float = 1.0, **options: Any
     ) -> None:
-        super().__init__(
-            dataset_name_or_id,
-            gpu_memory_target_in_gb,
-            preprocessor_name,
-            plans_name,
-            overwrite_target_spacing,
-            suppress_transpose,
-        )
+        super().__init__(*arguments, **options)
         self.device = device
         if device == "cpu":
             self.UNet_base_num_features = CPU_FEATURES
@@ -76,19 +58,48 @@ class SmallMachinePlanner(ExperimentPlanner):
             # nnU-Net scales its reference by memory / 8 GB; here the bound is given directly.
             self.UNet_vram_target_GB = self.UNet_reference_val_corresp_GB
             self.UNet_reference_val_2d = (
-                CPU_FEATURE_MAP_VALUES[2] * self.UNet_reference_val_corresp_bs_2d / 2
+                size * CPU_FEATURE_MAP_VALUES[2] * self.UNet_reference_val_corresp_bs_2d / 2
             )
             self.UNet_reference_val_3d = (
-                CPU_FEATURE_MAP_VALUES[3] * self.UNet_reference_val_corresp_bs_3d / 2
+                size * CPU_FEATURE_MAP_VALUES[3] * self.UNet_reference_val_corresp_bs_3d / 2
             )
         else:
             self.UNet_base_num_features = next(
-                features for least, features in FEATURES_FROM_GB if gpu_memory_target_in_gb >= least
+                features
+                for least, features in FEATURES_FROM_GB
+                if self.UNet_vram_target_GB >= least
             )
 
-    def save_plans(self, plans: dict[str, Any]) -> None:
-        """Add nnMosaic's section, then save as nnU-Net does."""
-        on_cpu = self.device == "cpu"
-        budget = {"device": "cpu"} if on_cpu else {"memory_gb": self.UNet_vram_target_GB}
-        write_section(plans, PlansSection(budget, CPU_RUN if on_cpu else RunSettings()))
-        super().save_plans(plans)
+    @property
+    def plans_for_gpu(self) -> bool:
+        """Whether the memory target means a GPU."""
+        return self.device != "cpu"
+
+    def budget(self) -> dict[str, Any]:
+        """Return the device, or the memory of a small GPU."""
+        if self.device == "cpu":
+            return {"device": "cpu"}
+        return {"memory_gb": self.memory_gb, **super().budget()}
+
+    def run_settings(self) -> RunSettings:
+        """Return a short training for a CPU."""
+        return CPU_RUN if self.device == "cpu" else super().run_settings()
+
+    def _own_decisions(self, plans: dict[str, Any]) -> list[Decision]:
+        if self.device != "cpu":
+            reason = f"{self._bound()} are less than nnU-Net's presets need"
+            features = Decision("features", f"from {self.UNet_base_num_features}", reason)
+            return [features, *super()._own_decisions(plans)]
+        run = self.run_settings()
+        return [
+            Decision("features", f"from {CPU_FEATURES}", "the time of a step on a CPU"),
+            Decision(
+                "training",
+                f"{run.epochs} epochs of {run.iterations_per_epoch} steps, {run.optimizer}, "
+                f"learning rate {run.initial_lr:g}",
+                "a CPU makes few steps, and AdamW comes further in them than SGD",
+            ),
+        ]
+
+    def _bound(self) -> str:
+        return "the time of a step on a CPU" if self.device == "cpu" else super()._bound()

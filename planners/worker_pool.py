@@ -6,6 +6,7 @@ Here one server process imports it once, and workers are forked from that.
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
@@ -14,11 +15,12 @@ from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 WORKER_MODULE = "nnmosaic.planners.planning_worker"
 MAX_SUSPECTS = 8
-"""Cases named when a worker dies: it was one of the first that are not done."""
+"""Cases named when a worker dies and nobody knows on which: one of the first that are not done."""
 
 
 def start_server() -> BaseContext:
@@ -60,7 +62,11 @@ def call(function: str, *arguments: Any, **options: Any) -> Any:
 
 
 def run_cases(
-    pool: Executor, function: Callable[..., Any], arguments: Mapping[str, tuple[Any, ...]]
+    pool: Executor,
+    function: Callable[..., Any],
+    arguments: Mapping[str, tuple[Any, ...]],
+    *,
+    case_of: Callable[[int], str | None] = lambda _: None,
 ) -> Iterator[tuple[str, Any]]:
     """Yield (case, result) as workers finish; the first exception of a worker is raised here.
 
@@ -70,15 +76,18 @@ def run_cases(
         For processes, of `WORKER_MODULE` by way of `call`.
     arguments : mapping of str to tuple
         Case -> positional arguments.
+    case_of : callable
+        Process id of a worker -> the case it was last working on, where that is known.
 
     Raises
     ------
     RuntimeError
-        If a worker process dies, with the cases that it may have been working on.
+        If a worker process dies, with its case and cause.
     """
     futures: dict[Future[Any], str] = {
         pool.submit(function, *values): case for case, values in arguments.items()
     }
+    workers = multiprocessing.active_children()
     unfinished = dict.fromkeys(futures.values())
     try:
         for future in as_completed(list(futures)):
@@ -86,12 +95,25 @@ def run_cases(
             unfinished.pop(futures[future])
             yield futures.pop(future), result
     except BrokenProcessPool:
-        suspects = ", ".join(list(unfinished)[:MAX_SUSPECTS])
-        raise RuntimeError(
-            f"A worker process died while it worked on one of: {suspects}. Most often the memory "
-            "was full. Run the same command again with fewer workers (-np); finished cases are "
-            "kept."
-        ) from None
+        raise RuntimeError(_cause_of_death(workers, case_of, list(unfinished))) from None
     finally:
         for future in futures:
             future.cancel()
+
+
+def _cause_of_death(
+    workers: list[BaseProcess], case_of: Callable[[int], str | None], unfinished: list[str]
+) -> str:
+    cure = "Run the same command again; finished cases are kept."
+    # The pool ends the other workers with SIGTERM.
+    for worker in workers:
+        code = worker.exitcode
+        if code in (None, 0, -signal.SIGTERM) or worker.pid is None:
+            continue
+        case = case_of(worker.pid) or f"one of {', '.join(unfinished[:MAX_SUSPECTS])}"
+        if code == -signal.SIGKILL:
+            cure = f"Most often the memory was full: use fewer workers (-np). {cure}"
+        cause = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        return f"The worker process of {case} was ended {cause}. {cure}"
+    suspects = ", ".join(unfinished[:MAX_SUSPECTS])
+    return f"A worker process died while it worked on one of {suspects}. {cure}"

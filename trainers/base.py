@@ -96,6 +96,8 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         section = read_section(plans)
         self.run_settings: RunSettings = section.run_settings
         self.planned_for_cpu = section.budget.get("device") == "cpu"
+        if self.device.type == "cpu" and "cores" in section.budget:
+            torch.set_num_threads(section.budget["cores"])
         self._seconds_before = 0.0
         self._started: float | None = None
         self._first_epoch = 0

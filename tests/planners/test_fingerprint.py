@@ -1,9 +1,145 @@
-"""The fingerprint's shortcuts against numpy's own functions."""
+"""The fingerprint's own part: sources, classes, and whether it still describes the data."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK
 
-from nnmosaic.planners.fingerprint import _intensity_properties
+from nnmosaic.data_conversion.dataset_json import read_dataset_json
+from nnmosaic.data_conversion.raw_dataset import training_cases
+from nnmosaic.planners.fingerprint import extract_fingerprint, unchanged_fingerprint
+from nnmosaic.planners.source_statistics import intensity_properties
+
+
+def fingerprint_of_folder(folder: Path) -> dict[str, object]:
+    dataset = read_dataset_json(folder)
+    cases = training_cases(folder, dataset)
+    return extract_fingerprint(cases, dataset, workers=2, on_case=lambda _: None)
+
+
+@pytest.fixture
+def two_sources(tmp_path: Path, make_dataset: Callable[..., Path]) -> Path:
+    """Four cases: 0 and 1 annotate "bright", 2 and 3 store both balls as one merged label."""
+    folder = make_dataset(tmp_path / "Dataset001_Two", cases=4)
+    content = json.loads((folder / "dataset.json").read_text())
+    content["labels"]["ignore"] = 3
+    content["partial_labels"] = {
+        "sources": {
+            "A": {"pattern": "0[01]$", "annotated": ["bright"]},
+            "B": {
+                "pattern": "0[23]$",
+                "annotated": [],
+                "merged": {"dark": ["bright", "dark"]},
+            },
+        }
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+    for i in range(4):
+        path = str(folder / "labelsTr" / f"case{i:02d}.nii.gz")
+        image = SimpleITK.ReadImage(path)
+        label = SimpleITK.GetArrayFromImage(image)
+        label = np.where(label == 1, 1 if i < 2 else 2, 0 if i < 2 else label)
+        label[0] = 3
+        changed = SimpleITK.GetImageFromArray(label.astype(np.uint8))
+        changed.CopyInformation(image)
+        SimpleITK.WriteImage(changed, path)
+    return folder
+
+
+def labels_of(folder: Path) -> list[np.ndarray]:
+    paths = sorted((folder / "labelsTr").iterdir())
+    return [SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))) for path in paths]
+
+
+def test_who_annotates_what_and_how_much(two_sources: Path) -> None:
+    section = fingerprint_of_folder(two_sources)["nnmosaic"]
+    labels = labels_of(two_sources)
+    bright = sum(int((label == 1).sum()) for label in labels[:2])
+    union = sum(int((label == 2).sum()) for label in labels[2:])
+    counts = {"cases": 2, "present": 2}
+    assert section["class_source_matrix"] == {
+        "bright": {
+            "A": {"annotated": "yes", **counts, "voxels": bright},
+            "B": {"annotated": "merged", **counts, "voxels": union},
+        },
+        "dark": {
+            "A": {"annotated": "no", "cases": 2, "present": 0, "voxels": 0},
+            "B": {"annotated": "merged", **counts, "voxels": union},
+        },
+    }
+    classes = section["classes"]
+    assert classes["dark"] == {
+        "cases_annotated": 0, "cases_present": 0, "voxels": 0, "volume_mm3": {}, "components": {}
+    }  # fmt: skip
+    assert classes["bright"]["cases_annotated"] == classes["bright"]["cases_present"] == 2
+    assert classes["bright"]["components"]["0.5"] == 1
+    volumes = sorted((labels[i] == 1).sum() * 1.0 * 1.25 * 0.8 for i in range(2))
+    assert classes["bright"]["volume_mm3"]["0.0"] == pytest.approx(volumes[0])
+    assert classes["bright"]["volume_mm3"]["1.0"] == pytest.approx(volumes[1])
+    assert section["sources"]["A"]["cases"] == 2
+    assert section["sources"]["A"]["spacing"]["0.5"] == pytest.approx([0.8, 1.25, 1.0])
+
+
+def test_ignored_voxels_are_no_foreground(two_sources: Path) -> None:
+    """Plane 0 is ignored in every case; it holds the image's extreme values."""
+    for i in range(4):
+        path = str(two_sources / "imagesTr" / f"case{i:02d}_0000.nii.gz")
+        image = SimpleITK.ReadImage(path)
+        array = SimpleITK.GetArrayFromImage(image)
+        array[0] = 1e6
+        changed = SimpleITK.GetImageFromArray(array)
+        changed.CopyInformation(image)
+        SimpleITK.WriteImage(changed, path)
+    fingerprint = fingerprint_of_folder(two_sources)
+    assert fingerprint["foreground_intensity_properties_per_channel"]["0"]["max"] < 1e3
+    assert fingerprint["nnmosaic"]["sources"]["A"]["intensities"]["0"]["max"] < 1e3
+
+
+def test_components_of_one_class_are_counted(
+    tmp_path: Path, make_dataset: Callable[..., Path], save: Callable[..., None]
+) -> None:
+    folder = make_dataset(tmp_path / "Dataset001_One", cases=1)
+    label = np.zeros((20, 24, 22), np.uint8)
+    label[2:4, 2:4, 2:4] = label[4, 4, 4] = 1  # these two share a corner
+    label[10:12, 10:12, 10:12] = 1
+    label[15, 15, 15] = 2
+    save(folder / "labelsTr" / "case00.nii.gz", label)
+    classes = fingerprint_of_folder(folder)["nnmosaic"]["classes"]
+    assert classes["bright"]["components"]["0.5"] == 2
+    assert classes["bright"]["voxels"] == 17
+    assert classes["dark"]["components"]["0.5"] == 1
+
+
+def test_a_touched_dataset_keeps_its_fingerprint_and_a_changed_one_does_not(
+    tmp_path: Path, make_dataset: Callable[..., Path]
+) -> None:
+    folder = make_dataset(tmp_path / "Dataset001_One", cases=2)
+    path = tmp_path / "dataset_fingerprint.json"
+
+    def unchanged() -> bool:
+        dataset = read_dataset_json(folder)
+        return unchanged_fingerprint(path, training_cases(folder, dataset), dataset) is not None
+
+    assert not unchanged()
+    path.write_text(json.dumps(fingerprint_of_folder(folder)))
+    assert unchanged()
+    label = folder / "labelsTr" / "case01.nii.gz"
+    os.utime(label, (1, 1))
+    assert unchanged()
+    content = label.read_bytes()
+    times = label.stat()
+    label.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(label, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    assert not unchanged()
+    label.write_bytes(content)
+    assert unchanged()
+    declared = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**declared, "channel_names": {"0": "CT"}}))
+    assert not unchanged()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -11,7 +147,7 @@ from nnmosaic.planners.fingerprint import _intensity_properties
 def test_percentiles_and_extremes_equal_numpys(size: int, dtype: type) -> None:
     for seed in range(20):
         values = np.random.default_rng(seed).normal(1e4, 300, size).astype(dtype)
-        properties = _intensity_properties(np.array_split(values, 3))
+        properties = intensity_properties(np.array_split(values, 3))
         expected = np.percentile(values, [0.5, 50.0, 99.5])
         names = ("percentile_00_5", "median", "percentile_99_5")
         assert [properties[name] for name in names] == list(expected)

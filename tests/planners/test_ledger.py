@@ -1,7 +1,8 @@
+import os
 from pathlib import Path
 
 from nnmosaic.data_conversion.raw_dataset import Case
-from nnmosaic.planners.ledger import Ledger, configuration_digest, signature
+from nnmosaic.planners.ledger import Ledger, configuration_digest, content_digest, file_times
 
 
 def test_finished_and_missing_cases(tmp_path: Path) -> None:
@@ -25,23 +26,30 @@ def test_a_line_that_a_kill_cut_off_is_not_believed(tmp_path: Path) -> None:
     assert ledger.missing() == ["b"]
 
 
-def test_a_replaced_file_changes_the_signature(tmp_path: Path) -> None:
-    image = tmp_path / "a_0000.nii.gz"
+def test_a_replaced_file_changes_the_digest_and_a_touched_one_only_the_times(
+    tmp_path: Path,
+) -> None:
+    image, label = tmp_path / "a_0000.nii.gz", tmp_path / "a.nii.gz"
     image.write_bytes(b"1")
-    case = Case("a", (image,), None)
-    before = signature(case)
-    assert signature(case) == before
+    label.write_bytes(b"2")
+    case = Case("a", (image,), label)
+    digest, times = content_digest(case), file_times(case)
+    os.utime(label, (1, 1))
+    assert content_digest(case) == digest
+    assert file_times(case) != times
     image.write_bytes(b"12")
-    assert signature(case) != before
+    label.write_bytes(b"")
+    assert content_digest(case) != digest  # a byte that moved from one file to the other
 
 
+INTENSITIES = "foreground_intensity_properties_per_channel"
 PLANS = {
     "configurations": {
         "3d_fullres": {"data_identifier": "x", "spacing": [1, 1, 1], "batch_size": 2},
         "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
         "other": {"inherits_from": "3d_fullres", "spacing": [2, 1, 1]},
     },
-    "foreground_intensity_properties_per_channel": {},
+    INTENSITIES: {},
     "transpose_forward": [0, 1, 2],
     "image_reader_writer": "SimpleITKIO",
 }
@@ -51,6 +59,15 @@ def test_the_digest_follows_the_arrays_and_nothing_else(tmp_path: Path) -> None:
     digest = configuration_digest(PLANS, "3d_fullres", {"a": 1})
     assert configuration_digest(PLANS, "3d_cascade_fullres", {"a": 1}) == digest
     assert configuration_digest(PLANS, "other", {"a": 1}) != digest
+    for scheme, depends in (("CTNormalization", True), ("ZScoreNormalization", False)):
+        schemes = {"normalization_schemes": [scheme]}
+        configurations = {"x": {**PLANS["configurations"]["3d_fullres"], **schemes}}
+        one, other = (
+            {**PLANS, "configurations": configurations, INTENSITIES: {"0": {"mean": mean}}}
+            for mean in (1.0, 2.0)
+        )
+        digests = {configuration_digest(plans, "x", {"a": 1}) for plans in (one, other)}
+        assert len(digests) == 1 + depends
     assert configuration_digest(PLANS, "3d_fullres", {"a": 2}) != digest
     larger = {**PLANS["configurations"]["3d_fullres"], "batch_size": 4}
     changed = {**PLANS, "configurations": {"3d_fullres": larger}}

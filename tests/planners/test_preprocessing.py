@@ -13,9 +13,10 @@ from filelock import FileLock
 from nnunetv2.experiment_planning import plan_and_preprocess_api as stock
 
 from nnmosaic.data_conversion.errors import InputError
-from nnmosaic.pipeline.plan_and_preprocess import plan_and_preprocess
+from nnmosaic.pipeline.plan_and_preprocess import PlanRequest, plan_and_preprocess
 from nnmosaic.pipeline.workspace import Workspace, open_workspace
 from nnmosaic.planners.ledger import Ledger, ledger_path
+from nnmosaic.planners.plans_section import RunSettings, read_section
 
 NAME, IDENTIFIER = "Dataset004_Ball", "nnUNetPlans_3d_fullres"
 
@@ -63,22 +64,28 @@ def test_fingerprint_plans_and_arrays_equal_nnunets(
         return json.loads((folder / name).read_text())
 
     fingerprint = read(ours, "dataset_fingerprint.json")
-    del fingerprint["nnmosaic_inputs"]
+    del fingerprint["nnmosaic"]
     assert fingerprint == read(theirs, "dataset_fingerprint.json")
-    assert read(ours, "nnUNetPlans.json") == read(theirs, "nnUNetPlans.json")
+    plans = read(ours, "nnUNetPlans.json")
+    assert plans.pop("experiment_planner_used") == "MosaicPlanner"
+    assert {**plans, "experiment_planner_used": "ExperimentPlanner"} == read(
+        theirs, "nnUNetPlans.json"
+    )
     assert_equal_arrays(ours / IDENTIFIER, theirs / IDENTIFIER)
     references = sorted(path.name for path in (theirs / "gt_segmentations").iterdir())
     assert sorted(path.name for path in (ours / "gt_segmentations").iterdir()) == references
 
 
 @pytest.mark.slow
-def test_only_what_changed_is_done_again(here: Workspace) -> None:
+def test_only_what_changed_is_done_again(here: Workspace, save: Callable[..., None]) -> None:
     plan_and_preprocess(here, "4", ["3d_fullres"], workers=1)
     folder = here.preprocessed / NAME / IDENTIFIER
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     (folder / "case01.b2nd").unlink()
     (folder / "stray.b2nd").write_text("a killed run left this")
-    os.utime(here.raw / NAME / "imagesTr" / "case02_0000.nii.gz", (1, 1))
+    images = here.raw / NAME / "imagesTr"
+    os.utime(images / "case00_0000.nii.gz", (1, 1))  # touched, not changed
+    save(images / "case02_0000.nii.gz", np.full((20, 24, 22), 7.5, np.float32))
     plan_and_preprocess(here, "4", ["3d_fullres"], workers=1)
     after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert set(after) == set(before)
@@ -90,16 +97,19 @@ def test_only_what_changed_is_done_again(here: Workspace) -> None:
 
 @pytest.mark.slow
 def test_the_cpu_plan_is_small_and_says_how_to_train(here: Workspace) -> None:
-    plans = plan_and_preprocess(here, "4", ["3d_fullres"], device="cpu", workers=1)
+    request = PlanRequest(device="cpu")
+    plans = plan_and_preprocess(here, "4", ["3d_fullres"], request, workers=1).plans
     configuration = plans["configurations"]["3d_fullres"]
     assert configuration["architecture"]["arch_kwargs"]["features_per_stage"][0] == 8
     assert configuration["batch_size"] == 2
     assert plans["nnmosaic"]["budget"] == {"device": "cpu"}
     assert plans["nnmosaic"]["run_settings"]["optimizer"] == "adamw"
-    plans = plan_and_preprocess(here, "4", ["3d_fullres"], memory_gb=3, workers=1)
+    request = PlanRequest(memory_gb=3)
+    plans = plan_and_preprocess(here, "4", ["3d_fullres"], request, workers=1).plans
     configuration = plans["configurations"]["3d_fullres"]
     assert configuration["architecture"]["arch_kwargs"]["features_per_stage"][0] == 16
-    assert plans["nnmosaic"] == {"budget": {"memory_gb": 3}, "run_settings": {}}
+    section = read_section(plans)
+    assert (section.budget, section.run_settings) == ({"memory_gb": 3}, RunSettings())
 
 
 @pytest.mark.slow
@@ -134,7 +144,7 @@ def test_two_commands_do_not_prepare_one_dataset(here: Workspace) -> None:
 
 @pytest.mark.slow
 def test_unknown_planner_and_configuration_are_refused(here: Workspace) -> None:
-    with pytest.raises(InputError, match="no planner 'NoPlanner'"):
-        plan_and_preprocess(here, "4", ["3d_fullres"], planner="NoPlanner", workers=1)
+    with pytest.raises(InputError, match="There is no planner 'NoPlanner'"):
+        plan_and_preprocess(here, "4", ["3d_fullres"], PlanRequest(planner="NoPlanner"), workers=1)
     with pytest.raises(InputError, match="None of \\['3d_lowres'\\] is in"):
         plan_and_preprocess(here, "4", ["3d_lowres"], workers=1)

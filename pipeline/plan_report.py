@@ -1,0 +1,90 @@
+"""Plans as a person reads them: a table of configurations, and a line per decision."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from nnmosaic.planners.ledger import resolved_configuration
+from nnmosaic.planners.plans_section import Decision, read_section
+
+NOT_MEASURED = "-"
+COLUMNS = (
+    "configuration", "spacing (mm)", "patch", "batch", "network", "parameters", "memory",
+    "time per epoch",
+)  # fmt: skip
+
+
+def plan_report(
+    plans: Mapping[str, Any],
+    sizes: Mapping[str, Mapping[str, float]],
+    decisions: Sequence[Decision],
+    *,
+    explain: bool = False,
+) -> RenderableType:
+    """Return table and decisions.
+
+    Parameters
+    ----------
+    sizes : mapping
+        Configuration -> "parameters", and "memory_gb" where it is known.
+    explain : bool
+        Below each decision also the numbers that it rests on.
+    """
+    table = Table(box=box.SIMPLE_HEAD, title=f"{plans['dataset_name']}: {plans['plans_name']}")
+    for column in COLUMNS:
+        table.add_column(column)
+    for name, size in sizes.items():
+        table.add_row(*_row(name, plans, size))
+    lines = [_line(decision, explain=explain) for decision in decisions]
+    return Group(table, *lines)
+
+
+def print_report(report: RenderableType) -> None:
+    """Print to standard output; to a file as wide as it needs to be."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(report)
+
+
+def _row(name: str, plans: Mapping[str, Any], size: Mapping[str, float]) -> list[str]:
+    configuration = resolved_configuration(plans, name)
+    architecture = configuration["architecture"]
+    features = architecture["arch_kwargs"]["features_per_stage"]
+    section = read_section(plans)
+    measured = section.expected.get(name, {})
+    memory = measured.get("memory_gb", size.get("memory_gb"))
+    settings = section.run_settings
+    epoch = NOT_MEASURED
+    if measured and settings.epochs:
+        around = 2 * measured["to_start"]
+        epoch = f"{(measured['seconds_per_fold'] - around) / settings.epochs:.0f} s"
+    return [
+        name,
+        _by(configuration["spacing"]),
+        _by(configuration["patch_size"]),
+        str(configuration["batch_size"]),
+        f"{architecture['network_class_name'].rsplit('.')[-1]}, {len(features)} stages, "
+        f"{features[0]} to {features[-1]} features",
+        f"{size['parameters'] / 1e6:.2f} M",
+        NOT_MEASURED if memory is None else f"{memory:.1f} GB",
+        epoch,
+    ]
+
+
+def _line(decision: Decision, *, explain: bool) -> Text:
+    line = Text.assemble((f"{decision.what}: ", "bold"), f"{decision.choice} ({decision.reason})")
+    if decision.warns:
+        line = Text.assemble(("WARNING ", "bold red"), line)
+    if explain and decision.numbers:
+        line.append("\n    " + json.dumps(decision.numbers, default=str), style="dim")
+    return line
+
+
+def _by(values: Sequence[float]) -> str:
+    return " x ".join(f"{value:.4g}" for value in values)

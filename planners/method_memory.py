@@ -1,0 +1,11 @@
+"""Memory that a training step of a method needs, relative to plain nnU-Net."""
+
+from collections.abc import Mapping
+
+MEMORY_FACTOR: Mapping[str, float] = {}
+"""Trainer -> factor, measured by ``python -m benchmarks.planning``; 1 for all others."""
+
+
+def memory_factor(trainer: str | None) -> float:
+    """Return the factor of a trainer; 1 if none is given."""
+    return MEMORY_FACTOR.get(trainer or "", 1.0)
