@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         _predict,
         _ensemble,
         _evaluate,
+        _find_best,
         _run,
         _trainer_path,
     ):
@@ -432,6 +433,42 @@ def _do_evaluate(options: argparse.Namespace) -> None:
             options.djfile,
             output=options.o,
             allow_missing=options.chill,
+        )
+    )
+
+
+def _find_best(commands: Any) -> None:
+    parser = _command(
+        commands, "find_best", "compare trained configurations and ensembles of two", _do_find_best
+    )
+    _workspace_argument(parser)
+    parser.add_argument("-d", required=True, metavar="ID", help="dataset id or name")
+    parser.add_argument(
+        "-c",
+        nargs="+",
+        default=["2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"],
+        metavar="CONFIGURATION",
+    )
+    parser.add_argument("-tr", nargs="+", default=[DEFAULT_TRAINER], metavar="TRAINER")
+    parser.add_argument("-p", nargs="+", default=[DEFAULT_PLANS], metavar="PLANS")
+    parser.add_argument(
+        "-f", nargs="+", type=_fold, metavar="FOLD", help="default: those that all models finished"
+    )
+    parser.add_argument("--disable_ensembling", action="store_true", help="single models only")
+
+
+def _do_find_best(options: argparse.Namespace) -> None:
+    from nnmosaic.pipeline.find_best import find_best
+
+    print(
+        find_best(
+            open_workspace(options.workspace),
+            options.d,
+            configurations=options.c,
+            trainers=options.tr,
+            plans_names=options.p,
+            folds=options.f,
+            allow_ensembling=not options.disable_ensembling,
         )
     )
 

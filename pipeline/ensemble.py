@@ -29,24 +29,52 @@ def ensemble(inputs: Sequence[Path], output: Path, *, save_probabilities: bool =
         If the folders do not hold the same cases and classes.
     """
     dataset = read_dataset_json(inputs[0])
-    names = _common_cases(inputs)
+    names = cases_with_probabilities(inputs)
     for folder in inputs[1:]:
         if read_dataset_json(folder).content["labels"] != dataset.content["labels"]:
             raise InputError(f"{folder} and {inputs[0]} were predicted with different labels.")
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
     plans = read_json(inputs[0] / "plans.json")
-    label_manager = PlansManager(plans).get_label_manager(dict(dataset.content))
-    output.mkdir(parents=True, exist_ok=True)
-    with progress("Averaging", len(names)) as advance:
-        for name in names:
-            _average(name, inputs, output, dataset, label_manager, keep=save_probabilities)
-            advance(name)
+    average_cases(names, inputs, output, dataset, plans, keep=save_probabilities)
     write_json(dataset.content, output / "dataset.json")
     write_json(plans, output / "plans.json")
 
 
-def _common_cases(inputs: Sequence[Path]) -> list[str]:
+def average_cases(
+    names: Sequence[str],
+    inputs: Sequence[Path],
+    output: Path,
+    dataset: DatasetJson,
+    plans: dict[str, Any],
+    *,
+    keep: bool = False,
+) -> None:
+    """Write the label maps of the averaged probabilities of some cases.
+
+    Parameters
+    ----------
+    inputs : sequence of Path
+        Folders with a label map and an .npz file per case.
+    keep : bool
+        Also write the averaged probabilities.
+    """
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    label_manager = PlansManager(plans).get_label_manager(dict(dataset.content))
+    output.mkdir(parents=True, exist_ok=True)
+    with progress("Averaging", len(names)) as advance:
+        for name in names:
+            _average(name, inputs, output, dataset, label_manager, keep=keep)
+            advance(name)
+
+
+def cases_with_probabilities(inputs: Sequence[Path]) -> list[str]:
+    """Return the cases of folders that all hold the probabilities of the same ones.
+
+    Raises
+    ------
+    InputError
+        If a folder lacks some, or has none.
+    """
     names = [{path.stem for path in folder.glob("*.npz")} for folder in inputs]
     for folder, found in zip(inputs, names, strict=True):
         if not found:

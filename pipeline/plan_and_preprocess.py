@@ -335,7 +335,7 @@ def _fit(
         PlansSection(
             budget,
             fit.settings,
-            (*section.decisions[:-1], *fitted_decisions(fit, configuration, request.folds)),
+            (*section.decisions[:-2], *fitted_decisions(fit, configuration, request.folds)),
             {configuration: fit.numbers()},
         ),
     )

@@ -155,7 +155,10 @@ def fitted_decisions(fit: Fit, configuration: str, folds: int) -> tuple[Decision
     features = chosen["architecture"]["arch_kwargs"]["features_per_stage"][0]
     measured = ", ".join(f"{name}: {seconds:.3f} s" for name, seconds in fit.tried.items())
     minutes = folds * fit.seconds_per_fold / 60
+    narrowest = next(iter(fit.tried)).startswith(f"{features} ")
+    reason = f"the widest that makes at least {ENOUGH_STEPS} steps"
     return (
+        Decision("features", f"from {features}", "the narrowest" if narrowest else reason),
         Decision(
             "training",
             f"{run.epochs} epochs of {run.iterations_per_epoch} steps, {run.optimizer}, learning "
