@@ -108,14 +108,15 @@ def time_preprocessing(work: Path, repeats: int) -> dict[str, list[float]]:
         for name, command in variants.items():
             shutil.rmtree(folder, ignore_errors=True)
             times[name].append(seconds(command))
-            arrays[name] = _array_digests(folder / "nnUNetPlans_3d_fullres")
+            arrays[name] = array_digests(folder / "nnUNetPlans_3d_fullres")
     first, *others = arrays.values()
     if not first or any(other != first for other in others):
         raise RuntimeError("The preprocessed arrays differ.")
     return times
 
 
-def _array_digests(folder: Path) -> dict[str, bytes]:
+def array_digests(folder: Path) -> dict[str, bytes]:
+    """Return file name -> digest of the preprocessed array in it."""
     import blosc2
 
     return {

@@ -105,11 +105,10 @@ def find_best(
         )
     common = _common_folds(models, folds)
     references = workspace.preprocessed / dataset_name / "gt_segmentations"
-    candidates = [
-        _candidate((model,), [model.folder / f"fold_{f}" / "validation" for f in common], references,
-                   dataset)
-        for model in models
-    ]  # fmt: skip
+    candidates = []
+    for model in models:
+        predictions = [model.folder / f"fold_{fold}" / "validation" for fold in common]
+        candidates.append(_candidate((model,), predictions, references, dataset))
     for pair in combinations(models, 2) if allow_ensembling else ():
         output = workspace.results / dataset_name / "ensembles"
         if (ensemble := _ensemble(pair, common, output, references, dataset)) is not None:
