@@ -118,8 +118,13 @@ def make_plans(work: Path) -> dict[str, Any]:
     shutil.rmtree(work / "nnUNet_results" / CHAOS, ignore_errors=True)
     seconds(ours("train", "503", "3d_fullres", "0", "-p", "cpu", *short))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    rows.append({**_row("CPU, 30 min", plans), "expected_gb": expected["memory_gb"],
-                 "training_peak_gb": peak})  # fmt: skip
+    rows.append(
+        {
+            **_row("CPU, 30 min", plans),
+            "expected_gb": expected["memory_gb"],
+            "training_peak_gb": peak,
+        }
+    )
     return {"rows": rows}
 
 
@@ -239,7 +244,7 @@ def report(
         "## Fingerprint, plan and preprocessing against stock nnU-Net (wall time)\n\n"
         + table(
             ("data", "against", "stock, median s", "nnMosaic, median s", "ratio", "repeats"), speed
-        )  # fmt: skip
+        )
         + "\n\nPreprocessed arrays were compared and are equal.\n\n"
         "## CHAOS, T1 in-phase and T2-SPIR as two sources\n\n"
         + table(
@@ -253,7 +258,7 @@ def report(
                 "largest process of a training, GB",
             ),
             budgets,
-        )  # fmt: skip
+        )
         + "\n\n## Half-labelled hippocampus, one fold in some CPU minutes\n\n"
         + table(
             (
@@ -267,7 +272,7 @@ def report(
                 "unseen cases",
             ),
             fits,
-        )  # fmt: skip
+        )
         + f"\n\nMemory of a training process, {TRAINERS[1]} / {TRAINERS[0]}: {factor:.3f}.\n\n"
         f"Seed of trainings: 0. {footer(source)}\n"
     )
