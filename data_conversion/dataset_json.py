@@ -114,6 +114,9 @@ class DatasetJson:
         Whether nnU-Net's overlapping regions are declared instead of exclusive classes.
     subjects : dict of str to str
         Case -> person. A case that is not listed is a person of its own.
+    raters : tuple of str
+        Names of ``multirater`` (methods/multi_rater_personalization.md, 7.1); folders of that name
+        hold their label maps.
     """
 
     channel_names: Mapping[str, str]
@@ -124,6 +127,7 @@ class DatasetJson:
     subjects: Mapping[str, str]
     partial_labels: PartialLabels | None
     content: Mapping[str, Any]
+    raters: tuple[str, ...] = ()
 
     @property
     def foreground(self) -> tuple[str, ...]:
@@ -206,6 +210,7 @@ def parse_dataset_json(content: Any, *, where: str = "dataset.json") -> DatasetJ
         subjects=_parse_subjects(content.get("subjects"), where),
         partial_labels=None if declared is None else _parse_partial(declared, labels, where),
         content=content,
+        raters=_parse_raters(content.get("multirater"), where),
     )
 
 
@@ -252,6 +257,23 @@ def _parse_subjects(subjects: Any, where: str) -> dict[str, str]:
     if not isinstance(subjects, dict):
         raise InputError(f'{where}: "subjects" must map case names to subject names.')
     return {str(case): str(subject) for case, subject in subjects.items()}
+
+
+def _parse_raters(multirater: Any, where: str) -> tuple[str, ...]:
+    if multirater is None:
+        return ()
+    raters = multirater.get("raters") if isinstance(multirater, dict) else None
+    if (
+        not isinstance(raters, list)
+        or len(raters) < 2
+        or not all(isinstance(r, str) and re.fullmatch(r"[^./\\][^/\\]*", r) for r in raters)
+        or len(set(raters)) < len(raters)
+    ):
+        raise InputError(
+            f'{where}: "multirater" must list at least two different "raters", whose names can be '
+            f"folders, got {raters}."
+        )
+    return tuple(raters)
 
 
 def _parse_partial(declared: Any, labels: Mapping[str, int], where: str) -> PartialLabels:

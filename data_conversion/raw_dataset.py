@@ -12,16 +12,30 @@ from nnmosaic.data_conversion.errors import InputError
 COLOUR_ENDINGS = (".png", ".bmp", ".tif")
 """2D files that may hold several channels in one."""
 
+RATERS_FOLDER = "labelsTr_raters"
+"""Label maps of the raters: RATER/CASE; an absent file is an absent rater."""
+
 DATASET_NAME = re.compile(r"Dataset(\d{3})_[^/\\]+")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One case: its name, one image file per channel, and its label file (None: not asked for)."""
+    """One case.
+
+    Attributes
+    ----------
+    images : tuple of Path
+        One file per channel.
+    label : Path or None
+        None: not asked for.
+    raters : tuple of (str, Path)
+        Rater and label file, for those who annotated the case.
+    """
 
     identifier: str
     images: tuple[Path, ...]
     label: Path | None
+    raters: tuple[tuple[str, Path], ...] = ()
 
 
 def dataset_name(identifier: int, name: str) -> str:
@@ -153,6 +167,7 @@ def training_cases(folder: Path, dataset: DatasetJson) -> list[Case]:
             raise InputError(next(iter(faults.values())))
         labels = folder / "labelsTr"
         cases = [replace(case, label=labels / f"{case.identifier}{ending}") for case in found]
+    cases = [replace(case, raters=_rater_files(folder, case.identifier, dataset)) for case in cases]
     for path in (path for case in cases for path in case.images):
         if not path.is_file():
             gone = f" (a link to {path.readlink()})" if path.is_symlink() else ""
@@ -164,6 +179,16 @@ def training_cases(folder: Path, dataset: DatasetJson) -> list[Case]:
             "file). Add the label files, or move these images to imagesTs."
         )
     return cases
+
+
+def _rater_files(
+    folder: Path, identifier: str, dataset: DatasetJson
+) -> tuple[tuple[str, Path], ...]:
+    files = {
+        rater: folder / RATERS_FOLDER / rater / f"{identifier}{dataset.file_ending}"
+        for rater in dataset.raters
+    }
+    return tuple((rater, path) for rater, path in files.items() if path.is_file())
 
 
 def _listed_case(folder: Path, name: str, entry: dict[str, object]) -> Case:

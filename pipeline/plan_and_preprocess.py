@@ -85,6 +85,11 @@ class PlanRequest:
             raise InputError(
                 "--device cpu has a planner of its own: leave -pl and --memory_gb out."
             )
+        if self.keep_plans and (self.planner or self.memory_gb or self.device):
+            raise InputError(
+                "--keep_plans takes the plans file as it is: leave -pl, --memory_gb and --device "
+                "out."
+            )
         if self.device is None and (self.minutes or self.cores):
             raise InputError("--minutes and --cores plan for a CPU: add --device cpu.")
         present = os.cpu_count() or 1
@@ -167,8 +172,8 @@ def plan_and_preprocess(
             if request.minutes is not None and fitted is None:
                 fitted = _fit(result.plans, known[0], request, folder, len(cases), pool)
                 write_json(fitted, plans_file)
-    if fitted is not None:
-        result = replace(result, plans=fitted, decisions=read_section(fitted).decisions)
+            if fitted is not None:
+                result = pool.submit(call, "describe", fitted).result()
     return result
 
 

@@ -6,6 +6,7 @@ torch in the worker processes.
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,12 @@ from nnmosaic.data_conversion.dataset_json import DatasetJson
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.raw_dataset import Case
 from nnmosaic.planners.ledger import content_digest, file_times
-from nnmosaic.planners.source_statistics import CaseFacts, intensity_properties, source_statistics
+from nnmosaic.planners.source_statistics import (
+    CaseFacts,
+    intensity_properties,
+    rater_agreement,
+    source_statistics,
+)
 from nnmosaic.planners.worker_pool import run_cases
 
 SECTION = "nnmosaic"
@@ -121,6 +127,13 @@ def analyse_case(case: Case, dataset: DatasetJson, num_samples: int) -> CaseFact
         rng.choice(channel[inside][foreground], num_samples) if foreground.any() else np.empty(0)
         for channel in image
     ]
+    masks = {
+        rater: read_label(
+            replace(case, label=path), reader, image=image, properties=properties, legal=legal
+        )
+        > 0
+        for rater, path in case.raters
+    }
     return CaseFacts(
         shape=foreground.shape,
         spacing=[float(s) for s in properties["spacing"]],
@@ -129,6 +142,7 @@ def analyse_case(case: Case, dataset: DatasetJson, num_samples: int) -> CaseFact
         relative_size=foreground.size / labelled.size,
         objects=_objects(labelled.astype(np.int32)),
         content=content_digest(case),
+        agreement=rater_agreement(masks),
     )
 
 
@@ -176,7 +190,7 @@ def _inputs(
 
 
 def _declared(dataset: DatasetJson) -> dict[str, Any]:
-    keys = ("labels", "partial_labels", "channel_names")
+    keys = ("labels", "partial_labels", "channel_names", "multirater")
     return {key: dataset.content.get(key) for key in keys}
 
 

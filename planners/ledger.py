@@ -55,7 +55,7 @@ def configuration_digest(plans: Mapping[str, Any], configuration: str, labels: A
 
 
 def file_times(case: Case) -> list[list[int]]:
-    """Return size (bytes) and time of change (ns) of each file of a case, the label last."""
+    """Return size (bytes) and time of change (ns) of each file of a case."""
     stats = [path.stat() for path in _files(case)]
     return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
 
@@ -72,7 +72,8 @@ def content_digest(case: Case) -> str:
 
 
 def _files(case: Case) -> list[Path]:
-    return [*case.images, *([case.label] if case.label else [])]
+    label = [case.label] if case.label else []
+    return [*case.images, *label, *(path for _, path in case.raters)]
 
 
 class Ledger:

@@ -5,7 +5,8 @@ Nothing here reads an image; `nnmosaic.planners.fingerprint` does, once per case
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,22 @@ from nnmosaic.data_conversion.dataset_json import DatasetJson
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SAMPLES_PER_CASE = 10_000
 """Intensities per case and channel in the statistics of a source."""
+
+
+@dataclass(frozen=True)
+class RaterAgreement:
+    """How far the raters of one case agree.
+
+    Attributes
+    ----------
+    dice : mapping
+        "A and B" -> Dice of what the two labelled, where either labelled anything.
+    volume_ratio : mapping
+        Rater -> labelled volume / mean over the raters of the case.
+    """
+
+    dice: Mapping[str, float] = field(default_factory=dict)
+    volume_ratio: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,8 @@ class CaseFacts:
         Stored label value -> (voxels, connected components), for the values that occur.
     content : str
         Digest of the bytes of all files of the case.
+    agreement : RaterAgreement
+        Empty where there are no raters.
     """
 
     shape: tuple[int, ...]
@@ -46,6 +65,25 @@ class CaseFacts:
     relative_size: float
     objects: Mapping[int, tuple[int, int]]
     content: str
+    agreement: RaterAgreement = field(default_factory=RaterAgreement)
+
+
+def rater_agreement(masks: Mapping[str, np.ndarray]) -> RaterAgreement:
+    """Compare what raters labelled, whatever the class.
+
+    Parameters
+    ----------
+    masks : mapping of str to ndarray of bool
+        Rater -> mask, all of one shape.
+    """
+    voxels = {rater: int(np.count_nonzero(mask)) for rater, mask in masks.items()}
+    mean = sum(voxels.values()) / len(voxels) if voxels else 0
+    dice = {
+        f"{one} and {other}": 2 * int(np.count_nonzero(masks[one] & masks[other])) / both
+        for one, other in combinations(masks, 2)
+        if (both := voxels[one] + voxels[other])
+    }
+    return RaterAgreement(dice, {rater: n / mean for rater, n in voxels.items() if mean})
 
 
 def intensity_properties(samples: Sequence[np.ndarray]) -> dict[str, float]:
@@ -84,7 +122,8 @@ def source_statistics(
         intensities per channel. "classes": class -> cases that annotate it, cases that show it,
         voxels, quantiles of volume (mm³) and of the number of connected components; a class within
         a merged label counts in neither. "class_source_matrix": class -> source -> the same counts,
-        with "annotated" "yes", "merged" (counts of the union) or "no".
+        with "annotated" "yes", "merged" (counts of the union) or "no". "raters", where there are
+        several: quantiles over cases of the Dice of every pair and of each rater's volume ratio.
     """
     members: dict[str, list[str]] = {source.source: [] for source in dataset.sources()}
     for case in facts:
@@ -103,7 +142,21 @@ def source_statistics(
             }
             for name in dataset.foreground
         },
+        **({"raters": _rater_statistics(list(facts.values()))} if dataset.raters else {}),
     }
+
+
+def _rater_statistics(facts: Sequence[CaseFacts]) -> dict[str, Any]:
+    statistics: dict[str, Any] = {}
+    for name in ("dice", "volume_ratio"):
+        values: dict[str, list[float]] = {}
+        for fact in facts:
+            for key, value in getattr(fact.agreement, name).items():
+                values.setdefault(key, []).append(value)
+        statistics[name] = {
+            key: {"cases": len(own), **_quantiles(own)} for key, own in values.items()
+        }
+    return statistics
 
 
 def _statistics_of_source(facts: Sequence[CaseFacts]) -> dict[str, Any]:

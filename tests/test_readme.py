@@ -21,6 +21,8 @@ LINES = [line.strip() for block in BLOCKS for line in block.splitlines()]
 SHORTER = {"--epochs 5 --iterations_per_epoch 60": "--epochs 1 --iterations_per_epoch 2"}
 SHORTER["--device cpu --epochs"] = "-f 0 --device cpu --epochs"
 SHORTER["in 0 1 2 3 4"] = "in 0"
+SHORTER["--minutes 30"] = "--minutes 3"
+SHORTER["-p In30Minutes"] = "-p In30Minutes --epochs 1 --iterations_per_epoch 2"
 EXAMPLE = Path("examples") / "hippocampus"
 
 
@@ -86,7 +88,9 @@ def test_linked_files_exist() -> None:
 @pytest.mark.slow
 def test_the_complete_run_works_as_written(small_checkout: Path) -> None:
     script = "".join(
-        block for block in BLOCKS if "nnmosaic merge" in block or "nnmosaic run" in block
+        block
+        for block in BLOCKS
+        if any(word in block for word in ("nnmosaic merge", "nnmosaic run", "--minutes"))
     )
     for long, short in SHORTER.items():
         assert long in script

@@ -1,6 +1,7 @@
 """kill -9 in the middle of preprocessing and of an epoch: the same command again finishes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -84,6 +85,31 @@ def test_preprocessing_goes_on_after_a_kill(
     assert sorted(interrupted) == sorted(undisturbed)
     assert len(undisturbed) == 2 * CASES
     assert all(np.array_equal(interrupted[name], undisturbed[name]) for name in undisturbed)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_named_and_the_next_run_continues(
+    workspace: Path, make_dataset: Callable[..., Path]
+) -> None:
+    make_dataset(workspace / "nnUNet_raw" / DATASET, cases=CASES)
+    preprocessed = workspace / "nnUNet_preprocessed" / DATASET
+    scratch = preprocessed / ".nnUNetPlans_3d_fullres.tmp"
+    ledger = Ledger(ledger_path(preprocessed / "nnUNetPlans_3d_fullres"))
+    command = [*NNMOSAIC, "plan_and_preprocess", "-d", "8", "-c", "3d_fullres", "-np", "2"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (notes := list(scratch.glob("*.case"))):
+        assert run.poll() is None
+        time.sleep(0.005)
+    os.kill(int(notes[0].stem), signal.SIGKILL)
+    killed = time.monotonic()
+    _, message = run.communicate(timeout=60)
+    assert time.monotonic() - killed < 10
+    assert run.returncode == 1
+    assert re.search(r"The worker process of case\d\d was ended by SIGKILL", message), message
+    assert "Traceback" not in message
+    assert ledger.missing()
+    subprocess.run(command, check=True)
+    assert ledger.missing() == []
 
 
 @pytest.mark.slow

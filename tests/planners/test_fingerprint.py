@@ -10,6 +10,7 @@ import pytest
 import SimpleITK
 
 from nnmosaic.data_conversion.dataset_json import read_dataset_json
+from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.raw_dataset import training_cases
 from nnmosaic.planners.fingerprint import extract_fingerprint, unchanged_fingerprint
 from nnmosaic.planners.source_statistics import intensity_properties
@@ -140,6 +141,36 @@ def test_a_touched_dataset_keeps_its_fingerprint_and_a_changed_one_does_not(
     declared = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_text(json.dumps({**declared, "channel_names": {"0": "CT"}}))
     assert not unchanged()
+
+
+def test_raters_are_compared_where_they_annotated(
+    tmp_path: Path, make_dataset: Callable[..., Path], save: Callable[..., None]
+) -> None:
+    extra = {"multirater": {"raters": ["A", "B", "C"], "identity": "persistent"}}
+    folder = make_dataset(tmp_path / "Dataset001_Raters", cases=2, **extra)
+    masks = {}
+    for rater, planes in (("A", 4), ("B", 6), ("C", 2)):
+        masks[rater] = np.zeros((20, 24, 22), np.uint8)
+        masks[rater][2 : 2 + planes, 3:9, 3:9] = 1
+        save(folder / "labelsTr_raters" / rater / "case00.nii.gz", masks[rater])
+    save(folder / "labelsTr_raters" / "A" / "case01.nii.gz", masks["A"])
+    save(folder / "labelsTr_raters" / "B" / "case01.nii.gz", masks["A"])
+    raters = fingerprint_of_folder(folder)["nnmosaic"]["raters"]
+    assert raters["dice"]["A and B"]["cases"] == 2
+    assert raters["dice"]["A and B"]["0.0"] == pytest.approx(2 * 4 / (4 + 6))
+    assert raters["dice"]["A and B"]["1.0"] == 1
+    assert raters["dice"]["B and C"]["cases"] == 1
+    assert raters["volume_ratio"]["B"]["1.0"] == pytest.approx(6 / 4)
+    assert raters["volume_ratio"]["C"]["0.5"] == pytest.approx(2 / 4)
+    save(folder / "labelsTr_raters" / "C" / "case01.nii.gz", masks["A"], spacing=(2, 2, 2))
+    with pytest.raises(InputError, match=r"C/case01\.nii\.gz has another spacing"):
+        fingerprint_of_folder(folder)
+    declared = json.loads((folder / "dataset.json").read_text())
+    for wrong in (["A"], ["A", "../B"], ["A", "A"], "AB"):
+        declared["multirater"]["raters"] = wrong
+        (folder / "dataset.json").write_text(json.dumps(declared))
+        with pytest.raises(InputError, match="at least two different"):
+            read_dataset_json(folder)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
