@@ -195,6 +195,11 @@ def _plan_and_preprocess(commands: Any) -> None:
         help="folds that are trained in --minutes (default: %(default)s)",
     )
     parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="train some steps of each configuration: memory and time per epoch on this machine",
+    )
+    parser.add_argument(
         "--keep_plans", action="store_true", help="preprocess for the plans file as it is"
     )
 
@@ -259,6 +264,7 @@ def _do_plan(options: argparse.Namespace) -> None:
             cores=options.cores,
             folds=options.folds,
             keep_plans=options.keep_plans,
+            measure=options.measure,
         )
         result = plan_and_preprocess(workspace, options.d, options.c, request, workers=options.np)
     report = plan_report(result.plans, result.sizes, result.decisions, explain=options.explain)

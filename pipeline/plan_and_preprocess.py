@@ -1,5 +1,6 @@
 """Fingerprint, plans, folds and preprocessing of one dataset, in one command."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -7,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class PlanRequest:
         For the CPU: threads of the training. Default: torch's.
     keep_plans : bool
         Do not plan: take the plans file as it is, for example edited by hand.
+    measure : bool
+        Train some steps of each configuration and note time and memory in the plans.
     """
 
     planner: str | None = None
@@ -79,6 +82,7 @@ class PlanRequest:
     folds: int = DEFAULT_FOLDS
     cores: int | None = None
     keep_plans: bool = False
+    measure: bool = False
 
     def __post_init__(self) -> None:
         if self.device is not None and (self.planner or self.memory_gb):
@@ -160,6 +164,7 @@ def plan_and_preprocess(
         fingerprint = _fingerprint(cases, dataset, folder, threads)
         with worker_pool(workers or default_workers(fingerprint)) as pool:
             result = _plan(folder, request, pool)
+            decisions = result.decisions
             plans_file = _plans_file(folder, result.plans)
             fitted = _fitted_before(result.plans, plans_file, request)
             write_json(fitted or result.plans, plans_file)
@@ -172,8 +177,12 @@ def plan_and_preprocess(
             if request.minutes is not None and fitted is None:
                 fitted = _fit(result.plans, known[0], request, folder, len(cases), pool)
                 write_json(fitted, plans_file)
+            elif request.measure:
+                fitted = _measured(result.plans, known, request, folder)
+                write_json(fitted, plans_file)
             if fitted is not None:
                 result = pool.submit(call, "describe", fitted).result()
+                result = replace(result, decisions=result.decisions or decisions)
     return result
 
 
@@ -345,6 +354,20 @@ def _fit(
         ),
     )
     return fit.plans
+
+
+def _measured(
+    plans: dict[str, Any], configurations: Sequence[str], request: PlanRequest, folder: Path
+) -> dict[str, Any]:
+    section = read_section(plans)
+    expected = {}
+    for name in configurations:
+        logger.info("Measuring steps of %s", name)
+        trainer = request.trainer or DEFAULT_TRAINER
+        expected[name] = asdict(measure_speed(plans, name, trainer, folder, request.device))
+    measured = copy.deepcopy(plans)
+    write_section(measured, replace(section, expected=expected))
+    return measured
 
 
 def _digest(plans: dict[str, Any]) -> str:

@@ -9,8 +9,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nnmosaic.planners.cpu_budget import speed_of
 from nnmosaic.planners.ledger import resolved_configuration
-from nnmosaic.planners.plans_section import Decision, read_section
+from nnmosaic.planners.plans_section import NNUNET_RUN, Decision, read_section
 
 NOT_MEASURED = "-"
 COLUMNS = (
@@ -57,13 +58,11 @@ def _row(name: str, plans: Mapping[str, Any], size: Mapping[str, float]) -> list
     architecture = configuration["architecture"]
     features = architecture["arch_kwargs"]["features_per_stage"]
     section = read_section(plans)
-    measured = section.expected.get(name, {})
-    memory = measured.get("memory_gb", size.get("memory_gb"))
-    settings = section.run_settings
-    epoch = NOT_MEASURED
-    if measured and settings.epochs:
-        around = 2 * measured["to_start"]
-        epoch = f"{(measured['seconds_per_fold'] - around) / settings.epochs:.0f} s"
+    memory, epoch = size.get("memory_gb"), NOT_MEASURED
+    if name in section.expected:
+        speed = speed_of(section.expected[name])
+        memory = speed.memory_gb
+        epoch = f"{speed.per_epoch_of(section.run_settings.over(NNUNET_RUN)):.0f} s"
     return [
         name,
         _by(configuration["spacing"]),

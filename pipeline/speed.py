@@ -24,7 +24,11 @@ FORWARD_PASSES = 3
 
 
 def measure_speed(
-    plans: dict[str, Any], configuration: str, trainer: str, preprocessed: Path
+    plans: dict[str, Any],
+    configuration: str,
+    trainer: str,
+    preprocessed: Path,
+    device: str | None = "cpu",
 ) -> Speed:
     """Train for some seconds on the preprocessed data and return the times.
 
@@ -32,6 +36,8 @@ def measure_speed(
     ----------
     preprocessed : Path
         The dataset's folder in ``nnUNet_preprocessed``.
+    device : str, optional
+        Default: that of the CPU; None: CUDA where there is one.
 
     Raises
     ------
@@ -43,6 +49,7 @@ def measure_speed(
         "configuration": configuration,
         "trainer": trainer,
         "preprocessed": str(preprocessed),
+        "device": device,
     }
     start = time.perf_counter()
     run = subprocess.run(
@@ -67,7 +74,10 @@ def _measure(request: dict[str, Any], results: str) -> dict[str, float]:
     import torch
 
     from nnmosaic.data_conversion.atomic_write import read_json
+    from nnmosaic.pipeline.device import choose_device
     from nnmosaic.trainers.lookup import trainer_class
+
+    device = choose_device(request["device"])  # with the threads and loaders of a training
 
     dataset_json = read_json(Path(request["preprocessed"]) / "dataset.json")
     trainer = trainer_class(request["trainer"])(
@@ -75,7 +85,7 @@ def _measure(request: dict[str, Any], results: str) -> dict[str, float]:
         request["configuration"],
         "all",
         dataset_json,
-        torch.device("cpu"),
+        device,
     )
     trainer.on_train_start()
     start = time.perf_counter()
@@ -83,8 +93,11 @@ def _measure(request: dict[str, Any], results: str) -> dict[str, float]:
     times = _epoch(trainer, MIN_STEPS, SECONDS_OF_STEPS, VALIDATION_STEPS)
     times["per_validation_case"] = _seconds_per_case(trainer)
     trainer.on_train_end()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times["memory_gb"] = peak / (2**30 if sys.platform == "darwin" else 2**20)
+    if device.type == "cuda":
+        times["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        times["memory_gb"] = peak / (2**30 if sys.platform == "darwin" else 2**20)
     return {**times, "measuring": time.perf_counter() - start}
 
 
@@ -134,7 +147,7 @@ def _seconds_per_case(trainer: Any) -> float:
     mirrorings = 2 ** len(trainer.inference_allowed_mirroring_axes or ())
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
-    data = torch.zeros(1, trainer.num_input_channels, *patch)
+    data = torch.zeros(1, trainer.num_input_channels, *patch, device=trainer.device)
     with torch.inference_mode():
         seconds = _fastest(lambda: trainer.network(data))
     return float(tiles * mirrorings * seconds)
@@ -144,7 +157,7 @@ def _fastest(action: Callable[[], Any]) -> float:
     seconds = []
     for _ in range(FORWARD_PASSES):
         start = time.perf_counter()
-        action()
+        action().cpu()  # waits for a GPU
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 

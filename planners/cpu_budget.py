@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from nnmosaic.data_conversion.errors import InputError
@@ -45,9 +45,12 @@ class Speed:
 
     def seconds(self, settings: RunSettings, validation_cases: int) -> float:
         """Return the wall time of one fold, with its final validation."""
-        return self._around(validation_cases) + (settings.epochs or 0) * (
-            (settings.iterations_per_epoch or 0) * self.per_step + self._beside_steps(settings)
-        )
+        return self._around(validation_cases) + (settings.epochs or 0) * self.per_epoch_of(settings)
+
+    def per_epoch_of(self, settings: RunSettings) -> float:
+        """Return the seconds of an epoch with its validation."""
+        steps = settings.iterations_per_epoch or 0
+        return steps * self.per_step + self._beside_steps(settings)
 
     def settings(
         self, base: RunSettings, seconds: float, validation_cases: int
@@ -67,6 +70,11 @@ class Speed:
 
     def _beside_steps(self, settings: RunSettings) -> float:
         return self.per_epoch + (settings.val_iterations_per_epoch or 0) * self.per_validation_step
+
+
+def speed_of(expected: Mapping[str, float]) -> Speed:
+    """Return the speed that plans hold for a configuration."""
+    return Speed(**{field.name: expected[field.name] for field in fields(Speed)})
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,9 @@ class RunSettings:
         return replace(other, **self.given())
 
 
+NNUNET_RUN = RunSettings(epochs=1000, iterations_per_epoch=250, val_iterations_per_epoch=50)
+
+
 @dataclass(frozen=True)
 class Decision:
     """One decision of a planner, for people to read.
@@ -108,8 +111,8 @@ class PlansSection:
     decisions : tuple of Decision
         For people; nothing depends on them.
     expected : mapping
-        Configuration -> what was measured on this machine and what follows from it:
-        "seconds_per_step", "memory_gb", "minutes_per_fold".
+        Configuration -> what was measured on this machine, a `nnmosaic.planners.cpu_budget.Speed`;
+        for plans that fit some minutes also "seconds_per_fold".
     """
 
     budget: Mapping[str, Any] = field(default_factory=dict)

@@ -10,8 +10,12 @@ import pytest
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
     ExperimentPlanner,
 )
+from nnunetv2.experiment_planning.experiment_planners.residual_unets import (
+    residual_encoder_unet_planners as resenc,
+)
 
 from nnmosaic.data_conversion.dataset_json import parse_dataset_json
+from nnmosaic.planners import mosaic_planner
 from nnmosaic.planners.fingerprint import fingerprint_of
 from nnmosaic.planners.mosaic_planner import MosaicPlanner, weighted_quantile
 from nnmosaic.planners.plans_section import read_section
@@ -127,6 +131,26 @@ def test_one_source_gives_nnunets_plans(
     theirs = ExperimentPlanner(NAME, plans_name="stock").plan_experiment()
     assert same(ours) == same(json.loads(json.dumps(theirs)))
     assert "nnmosaic" not in ours
+
+
+@pytest.mark.parametrize("letter", ["M", "L", "XL"])
+def test_residual_presets_are_nnunets(planner: Callable[..., MosaicPlanner], letter: str) -> None:
+    own = getattr(mosaic_planner, f"MosaicPlannerResEnc{letter}")
+    ours = planner({"A": [THIN] * 5}, cls=own).plan_experiment()
+    stock = getattr(resenc, f"nnUNetPlannerResEnc{letter}")(NAME, plans_name="stock")
+    assert same(ours) == same(json.loads(json.dumps(stock.plan_experiment())))
+
+
+def test_large_images_get_a_cascade_as_in_nnunet(planner: Callable[..., MosaicPlanner]) -> None:
+    large: Geometry = ((300, 400, 400), (1.0, 0.8, 0.8))
+    made = planner({"A": [large] * 5})
+    ours = made.plan_experiment()
+    assert {"3d_lowres", "3d_cascade_fullres"} < set(ours["configurations"])
+    theirs = ExperimentPlanner(NAME, plans_name="stock").plan_experiment()
+    assert same(ours) == same(json.loads(json.dumps(theirs)))
+    what = [decision.what for decision in made.decisions]
+    assert "3d_lowres patch" in what
+    assert "3d_lowres" not in what
 
 
 def test_equal_sources_give_the_plans_of_one(planner: Callable[..., MosaicPlanner]) -> None:
