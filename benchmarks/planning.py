@@ -20,8 +20,12 @@ from typing import Any
 from benchmarks.pipeline import array_digests, finished, ours, seconds, stock
 from benchmarks.report import ROOT, footer, provenance, table, write
 from nnmosaic.data_conversion.atomic_write import read_json, write_json
+from nnmosaic.data_conversion.dataset_json import read_dataset_json
+from nnmosaic.data_conversion.raw_dataset import training_cases
 from nnmosaic.pipeline.speed import measure_speed
 from nnmosaic.planners.plans_section import read_section
+from nnmosaic.planners.resources import voxels_after_resampling
+from nnmosaic.planners.worker_pool import call, worker_pool
 
 WORKSPACE = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 CHAOS_LABELS = {"background": 0, "liver": 1, "right_kidney": 2, "left_kidney": 3, "spleen": 4}
@@ -150,6 +154,38 @@ def measure_methods(work: Path) -> dict[str, Any]:
     return {"memory_gb": gigabytes}
 
 
+def measure_workers(work: Path) -> dict[str, float]:
+    """Return case -> bytes per voxel that its preprocessing adds to a worker process."""
+    raw, folder = work / "nnUNet_raw" / CHAOS_PLAIN, work / "nnUNet_preprocessed" / CHAOS_PLAIN
+    dataset, plans = read_dataset_json(raw), folder / "nnUNetPlans.json"
+    voxels = voxels_after_resampling(
+        read_json(folder / "dataset_fingerprint.json"), read_json(plans), "3d_fullres"
+    )
+    cases = training_cases(raw, dataset)
+    scratch = work / "scratch"
+    scratch.mkdir(exist_ok=True)
+    result = {}
+    for i in range(0, len(cases), 5):
+        arguments = (
+            cases[i],
+            str(plans),
+            "3d_fullres",
+            dataset.content,
+            str(scratch),
+            str(scratch),
+        )
+        with worker_pool(1) as pool:
+            before = pool.submit(_peak_bytes).result()
+            pool.submit(call, "preprocess_case", *arguments).result()
+            result[cases[i].identifier] = (pool.submit(_peak_bytes).result() - before) / voxels[i]
+    shutil.rmtree(scratch)
+    return result
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def train_for(data: Path, work: Path, minutes: int) -> dict[str, Any]:
     """Train one fold of half-labelled hippocampus in so many minutes, and score unseen subjects."""
     files, output = work / "half_labelled", work / f"minutes_{minutes}"
@@ -195,6 +231,7 @@ def report(
     times: Mapping[str, Any],
     plans: Mapping[str, Any],
     methods: Mapping[str, Any],
+    workers: Mapping[str, float],
     trainings: Sequence[Mapping[str, Any]],
     source: Mapping[str, Any],
 ) -> str:
@@ -274,6 +311,8 @@ def report(
             fits,
         )
         + f"\n\nMemory of a training process, {TRAINERS[1]} / {TRAINERS[0]}: {factor:.3f}.\n\n"
+        f"Preprocessing adds {min(workers.values()):.0f} to {max(workers.values()):.0f} bytes per "
+        "voxel to a worker process (CHAOS).\n\n"
         f"Seed of trainings: 0. {footer(source)}\n"
     )
 
@@ -299,14 +338,22 @@ def main() -> None:
         for name, dataset in (("hippocampus", HIPPOCAMPUS), ("CHAOS", CHAOS_PLAIN))
     }
     plans = finished(work / "plans.json", lambda: make_plans(work))
+    workers = finished(work / "workers.json", lambda: measure_workers(work))
     methods = finished(work / "methods.json", lambda: measure_methods(work))
     trainings = [
         finished(work / f"minutes_{m}.json", lambda m=m: train_for(options.data, work, m))
         for m in MINUTES
     ]
     source = provenance()
-    text = report(times, plans, methods, trainings, source)
-    content = {**source, "seconds": times, **plans, **methods, "trainings": trainings}
+    text = report(times, plans, methods, workers, trainings, source)
+    content = {
+        **source,
+        "seconds": times,
+        **plans,
+        **methods,
+        "worker_bytes_per_voxel": workers,
+        "trainings": trainings,
+    }
     write("planning", content, text)
     print(text)
 

@@ -15,11 +15,10 @@ BYTES_PER_VALUE = 4
 """Preprocessed images are float32; label maps take a quarter to a half of that."""
 COMPRESSED = 0.5
 """Blosc leaves at least about this part of noisy images."""
-WORKER_BYTES_PER_VOXEL = 60
-"""Of the larger of image and resampled image, per channel: arrays and float64 copies while
-nnU-Net resamples. Measured on CHAOS, see benchmarks/planning.py."""
+WORKER_BYTES_PER_VOXEL = 110
+"""Per channel, while nnU-Net preprocesses: 98 to 106 on CHAOS (``python -m benchmarks.planning``)."""
 WORKER_BYTES = 150e6
-"""What a worker takes for itself; its libraries are shared with the other workers."""
+"""What else a worker may take for itself; its libraries are shared with the other workers."""
 MAX_WORKERS = 8
 
 
