@@ -16,7 +16,7 @@ BYTES_PER_VALUE = 4
 COMPRESSED = 0.5
 """Blosc leaves at least about this part of noisy images."""
 WORKER_BYTES_PER_VOXEL = 110
-"""Per channel, while nnU-Net preprocesses: 98 to 106 on CHAOS (``python -m benchmarks.planning``)."""
+"""Per channel, while nnU-Net preprocesses: 98 to 106 on CHAOS, see benchmarks/planning.py."""
 WORKER_BYTES = 150e6
 """What else a worker may take for itself; its libraries are shared with the other workers."""
 MAX_WORKERS = 8
