@@ -17,6 +17,8 @@ LARGEST_FEATURES = 320
 """nnU-Net's, for the deepest stages."""
 MIN_ITERATIONS = 10
 """Steps per epoch, below which epochs become fewer: each ends with a validation and a plot."""
+LARGE_SHARE = 0.25
+"""Of a fold's time in its final validation, above which the plans warn."""
 SMALLEST_SIZE = 1 / 16
 SMALLER = 0.5
 
@@ -91,6 +93,7 @@ class Fit:
     settings: RunSettings
     speed: Speed
     seconds_per_fold: float
+    validation_cases: int
     tried: Mapping[str, float]
 
     def numbers(self) -> dict[str, Any]:
@@ -137,7 +140,7 @@ def fit_to_seconds(
         if settings is None:
             return None
         expected = speed.seconds(settings, validation_cases)
-        return Fit(plans, settings, speed, expected, tried)
+        return Fit(plans, settings, speed, expected, validation_cases, tried)
 
     best = attempt(plan(size))
     while (best is None or _steps(best) < MIN_STEPS) and size > SMALLEST_SIZE:
@@ -165,7 +168,20 @@ def fitted_decisions(fit: Fit, configuration: str, folds: int) -> tuple[Decision
     minutes = folds * fit.seconds_per_fold / 60
     narrowest = next(iter(fit.tried)).startswith(f"{features} ")
     reason = f"the widest that makes at least {ENOUGH_STEPS} steps"
+    validation = fit.validation_cases * fit.speed.per_validation_case
+    share = validation / fit.seconds_per_fold
     return (
+        Decision(
+            "final validation",
+            f"{validation / 60:.1f} minutes",
+            f"{fit.validation_cases} images of {fit.speed.per_validation_case:.0f} s"
+            + (
+                ": the plan makes many tiles of an image, try 3d_lowres or 2d"
+                if share > LARGE_SHARE
+                else ""
+            ),
+            warns=share > LARGE_SHARE,
+        ),
         Decision("features", f"from {features}", "the narrowest" if narrowest else reason),
         Decision(
             "training",
