@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -56,12 +57,16 @@ def ours(*arguments: str) -> list[str]:
 
 
 def seconds(command: list[str]) -> float:
-    """Run a command and return its wall time."""
-    start = time.perf_counter()
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode != 0:
-        raise RuntimeError(f"{command}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}")
-    return time.perf_counter() - start
+    """Run a command and return the wall time until it returns."""
+    # To a file: a pipe would also wait for helper processes that end after the command.
+    with tempfile.TemporaryFile("w+") as output:
+        start = time.perf_counter()
+        run = subprocess.run(command, stdout=output, stderr=output)
+        wall = time.perf_counter() - start
+        if run.returncode != 0:
+            output.seek(0)
+            raise RuntimeError(f"{command}\n{output.read()[-3000:]}")
+    return wall
 
 
 def prepare(data: Path, work: Path, number: int) -> None:

@@ -94,12 +94,16 @@ def time_preparation(work: Path, dataset: str, repeats: int) -> dict[str, list[f
     }
     folder = work / "nnUNet_preprocessed" / dataset
     times: dict[str, list[float]] = {name: [] for name in commands}
-    arrays = {}
+    arrays, plans = {}, {}
     for _ in range(repeats):
         for name, command in commands.items():
             shutil.rmtree(folder, ignore_errors=True)
             times[name].append(seconds(command))
             arrays[name] = array_digests(folder / "nnUNetPlans_3d_fullres")
+            plans[name] = read_json(folder / "nnUNetPlans.json")
+            del plans[name]["experiment_planner_used"]
+    if any(made != plans["nnMosaic"] for made in plans.values()):
+        raise RuntimeError(f"The plans of {dataset} differ.")
     if any(not a or a != arrays["nnMosaic"] for a in arrays.values()):
         raise RuntimeError(f"The preprocessed arrays of {dataset} differ.")
     return times
@@ -295,7 +299,7 @@ def report(
         + table(
             ("data", "against", "stock, median s", "nnMosaic, median s", "ratio", "repeats"), speed
         )
-        + "\n\nPreprocessed arrays were compared and are equal.\n\n"
+        + "\n\nPlans and preprocessed arrays were compared and are equal.\n\n"
         "## CHAOS, T1 in-phase and T2-SPIR as two sources\n\n"
         + table(
             (

@@ -207,7 +207,9 @@ def _plan_and_preprocess(commands: Any) -> None:
 def _plan_command_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", required=True, metavar="ID", help="dataset id or name")
     parser.add_argument("-overwrite_plans_name", metavar="NAME", help=f"default: {DEFAULT_PLANS}")
-    parser.add_argument("-tr", metavar="TRAINER", help="leave room for what this trainer needs")
+    parser.add_argument(
+        "-tr", metavar="TRAINER", help="whose steps are measured and whose memory is planned for"
+    )
     parser.add_argument("--device", choices=("cpu",), help="plan for a machine without a GPU")
     parser.add_argument(
         "--explain", action="store_true", help="show the numbers behind each decision"

@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 
-MEMORY_FACTOR: Mapping[str, float] = {}
+MEMORY_FACTOR: Mapping[str, float] = {
+    "nnUNetTrainerMosaic": 1.0,
+    "nnUNetTrainerSelfDisambiguation": 1.0,
+}
 """Trainer -> factor, measured by ``python -m benchmarks.planning``; 1 for all others."""
 
 
