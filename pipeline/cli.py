@@ -236,7 +236,7 @@ def _cpu_budget_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --device cpu: choose network and steps so that all folds train in this time",
     )
     parser.add_argument(
-        "--cores", type=_positive, metavar="N", help="with --device cpu: threads of the training"
+        "--cores", type=_positive, metavar="N", help="with --minutes: threads of the training"
     )
 
 

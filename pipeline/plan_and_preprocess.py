@@ -66,7 +66,7 @@ class PlanRequest:
     folds : int
         Folds that will be trained in these minutes.
     cores : int, optional
-        For the CPU: threads of the training. Default: torch's.
+        Threads of the training in these minutes. Default: all cores.
     keep_plans : bool
         Do not plan: take the plans file as it is, for example edited by hand.
     measure : bool
@@ -94,8 +94,10 @@ class PlanRequest:
                 "--keep_plans takes the plans file as it is: leave -pl, --memory_gb and --device "
                 "out."
             )
-        if self.device is None and (self.minutes or self.cores):
-            raise InputError("--minutes and --cores plan for a CPU: add --device cpu.")
+        if self.minutes is not None and self.device is None:
+            raise InputError("--minutes plans for a CPU: add --device cpu.")
+        if self.cores is not None and self.minutes is None:
+            raise InputError("--cores are those that train for some --minutes: give both.")
         present = os.cpu_count() or 1
         if self.cores is not None and self.cores > present:
             raise InputError(
@@ -174,13 +176,12 @@ def plan_and_preprocess(
             _preprocess(cases, dataset, plans_file, known, pool, fingerprint)
             if (problem := folds.result()) is not None:
                 logger.warning("No folds: %s", problem)
-            if request.minutes is not None and fitted is None:
-                fitted = _fit(result.plans, known[0], request, folder, len(cases), pool)
-                write_json(fitted, plans_file)
+            if request.minutes is not None:
+                fitted = fitted or _fit(result.plans, known[0], request, folder, len(cases), pool)
             elif request.measure:
                 fitted = _measured(result.plans, known, request, folder)
-                write_json(fitted, plans_file)
             if fitted is not None:
+                write_json(fitted, plans_file)
                 result = pool.submit(call, "describe", fitted).result()
                 result = replace(result, decisions=result.decisions or decisions)
     return result
@@ -321,6 +322,11 @@ def _fit(
     number_of_cases: int,
     pool: Executor,
 ) -> dict[str, Any]:
+    if "architecture" not in plans["configurations"][configuration]:
+        raise InputError(
+            f"--minutes cannot choose a network for {configuration}, which inherits that of "
+            "another configuration. Plan for the other one."
+        )
     section = read_section(plans)
     budget = {**request.budget(), "planned_from": _digest(plans)}
 
@@ -362,6 +368,9 @@ def _measured(
     section = read_section(plans)
     expected = {}
     for name in configurations:
+        if "previous_stage" in plans["configurations"][name]:
+            logger.info("%s needs predictions of another stage: not measured", name)
+            continue
         logger.info("Measuring steps of %s", name)
         trainer = request.trainer or DEFAULT_TRAINER
         expected[name] = asdict(measure_speed(plans, name, trainer, folder, request.device))

@@ -43,6 +43,7 @@ def run(
         raise InputError("run cannot do a cascade: train and predict its stages one by one.")
     device = device or choose_device(None).type
     planned_for_cpu = device == "cpu" and planner is None and memory_gb is None
+    model = model_folder(workspace, identifier, configuration, trainer, plans_name)
     request = PlanRequest(
         planner=planner,
         plans_name=plans_name,
@@ -53,9 +54,11 @@ def run(
         cores=cores,
         folds=len(folds),
     )
+    if minutes is not None and any(model.glob("fold_*/checkpoint_*.pth")):
+        # A new measurement could choose another network than the trained folds have.
+        request = PlanRequest(plans_name=plans_name, trainer=trainer, keep_plans=True)
     plan_and_preprocess(workspace, identifier, [configuration], request)
     dataset = read_dataset_json(workspace.preprocessed / workspace.dataset(identifier))
-    model = model_folder(workspace, identifier, configuration, trainer, plans_name)
     for fold in folds:
         folder = model / f"fold_{fold}"
         if is_finished(folder, trainer, dataset):

@@ -108,7 +108,8 @@ def test_measured_steps_are_real(prepared: Path, capsys: pytest.CaptureFixture[s
     [
         (["--minutes", "5"], "add --device cpu"),
         (["--device", "cpu", "--minutes", "5", "-c", "2d", "3d_fullres"], "exactly one with -c"),
-        (["--device", "cpu", "--cores", "1000"], "this machine has"),
+        (["--device", "cpu", "--cores", "1"], "give both"),
+        (["--device", "cpu", "--minutes", "5", "--cores", "1000"], "this machine has"),
         (["--device", "cpu", "--memory_gb", "5"], "leave -pl and --memory_gb out"),
         (["--keep_plans", "-pl", "MosaicPlanner"], "takes the plans file as it is"),
     ],
