@@ -194,7 +194,9 @@ def measure_workers(work: Path) -> dict[str, float]:
         with worker_pool(1) as pool:
             before = pool.submit(_peak_bytes).result()
             pool.submit(call, "preprocess_case", *arguments).result()
-            result[cases[i].identifier] = (pool.submit(_peak_bytes).result() - before) / voxels[i]
+            result[cases[i].identifier] = (pool.submit(_peak_bytes).result() - before) / voxels[
+                cases[i].identifier
+            ]
     shutil.rmtree(scratch)
     return result
 

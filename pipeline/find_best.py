@@ -6,15 +6,17 @@ finished, and with the uncertainty that so many subjects leave.
 
 import io
 import logging
+import shlex
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nnmosaic.data_conversion.atomic_write import read_json, replacing, write_json
+from nnmosaic.data_conversion.atomic_write import read_json, write_json
 from nnmosaic.data_conversion.dataset_json import DatasetJson, read_dataset_json
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.pipeline.ensemble import average_cases, cases_with_probabilities
@@ -38,9 +40,14 @@ class Model:
     folder: Path
     folds: tuple[str, ...]
 
-    def arguments(self, identifier: str) -> str:
-        """Return what the predict command is given."""
-        return f"-d {identifier} -c {self.configuration} -tr {self.trainer} -p {self.plans_name}"
+    def previous_stage(self) -> "Model | None":
+        """Return the model whose predictions this one needs as input."""
+        plans = read_json(self.folder / "plans.json")
+        stage = plans["configurations"][self.configuration].get("previous_stage")
+        if stage is None:
+            return None
+        folder = self.folder.with_name(f"{self.trainer}__{self.plans_name}__{stage}")
+        return replace(self, configuration=stage, folder=folder)
 
 
 @dataclass(frozen=True)
@@ -76,8 +83,7 @@ def find_best(
 ) -> str:
     """Compare trained models on their validation cases and return a report.
 
-    ``inference_information.json`` and ``inference_instructions.txt`` are written to the results of
-    the dataset.
+    ``find_best.json`` is written to the results of the dataset.
 
     Parameters
     ----------
@@ -115,12 +121,9 @@ def find_best(
             candidates.append(ensemble)
     rows = compare(candidates, dataset)
     best = max(range(len(rows)), key=lambda i: rows[i]["dice"])  # the first of equals: the simpler
-    commands = _commands(candidates[best].models, identifier, common)
+    commands = _commands(candidates[best].models, common)
     content = {"folds": common, "models": rows, "best": rows[best]["model"], "commands": commands}
-    folder = workspace.results / dataset_name
-    write_json(content, folder / "inference_information.json")
-    with replacing(folder / "inference_instructions.txt") as path:
-        path.write_text("\n".join(commands) + "\n", encoding="utf-8")
+    write_json(content, workspace.results / dataset_name / "find_best.json")
     return _report(rows, best, commands, common, len(candidates[0].cases))
 
 
@@ -129,7 +132,19 @@ def compare(candidates: Sequence[Candidate], dataset: DatasetJson) -> list[dict[
 
     Dice is the mean over classes of the mean over the cases that annotate the class. Intervals are
     95 % percentile bootstrap over subjects, the same resamples for all candidates.
+
+    Raises
+    ------
+    InputError
+        If they were not validated on the same cases.
     """
+    for candidate in candidates[1:]:
+        if different := sorted(set(candidate.cases) ^ set(candidates[0].cases)):
+            raise InputError(
+                f"{candidate.name} and {candidates[0].name} were not validated on the same cases: "
+                f"{different[0]} is missing in one of them. Validate again with train --val, or "
+                "name one model with -c, -tr and -p."
+            )
     scores = np.array([_score(candidate.dice) for candidate in candidates])
     resampled = np.array(_bootstrap(candidates, dataset))
     best = int(np.argmax(scores))
@@ -236,24 +251,31 @@ def _ensemble(
             logger.info("No ensemble of %s (train with --npz): %s", name, error)
             return None
         target = output / name / f"fold_{fold}"
+        shutil.rmtree(target, ignore_errors=True)  # an older run may have had other cases
         average_cases(cases, inputs, target, dataset, read_json(pair[0].folder / "plans.json"))
         folders.append(target)
     return _candidate(pair, folders, references, dataset)
 
 
-def _commands(models: Sequence[Model], identifier: str, folds: Sequence[str]) -> list[str]:
-    chosen = f"-f {' '.join(folds)}"
+def _commands(models: Sequence[Model], folds: Sequence[str]) -> list[str]:
     if len(models) == 1:
-        return [
-            f"nnmosaic predict -i IMAGES -o PREDICTIONS {models[0].arguments(identifier)} {chosen}"
-        ]
+        return _predictions(models[0], "PREDICTIONS", folds)
     outputs = [f"PREDICTIONS_{i + 1}" for i in range(len(models))]
     commands = [
-        f"nnmosaic predict -i IMAGES -o {output} {model.arguments(identifier)} {chosen} "
-        "--save_probabilities"
+        command
         for model, output in zip(models, outputs, strict=True)
+        for command in _predictions(model, output, folds, "--save_probabilities")
     ]
     return [*commands, f"nnmosaic ensemble -i {' '.join(outputs)} -o PREDICTIONS"]
+
+
+def _predictions(model: Model, output: str, folds: Sequence[str], *options: str) -> list[str]:
+    before: list[str] = []
+    if (stage := model.previous_stage()) is not None:
+        before = _predictions(stage, f"{output}_{stage.configuration}", folds)
+        options = (*options, f"-prev_stage_predictions {output}_{stage.configuration}")
+    words = ["nnmosaic predict -i IMAGES", f"-o {output}", f"-m {shlex.quote(str(model.folder))}"]
+    return [*before, " ".join([*words, f"-f {' '.join(folds)}", *options])]
 
 
 def _report(

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from nnmosaic.planners.fingerprint import (
     extract_fingerprint,
     unchanged_fingerprint,
 )
+from nnmosaic.planners.ledger import configuration_digest
 from nnmosaic.planners.method_memory import memory_factor
 from nnmosaic.planners.plans_section import (
     PlanningResult,
@@ -33,12 +35,18 @@ from nnmosaic.planners.plans_section import (
     read_section,
     write_section,
 )
-from nnmosaic.planners.preprocessing import copy_references, preprocess_configuration
-from nnmosaic.planners.resources import MAX_WORKERS, check_free_space, default_workers
-from nnmosaic.planners.worker_pool import call, start_server, worker_pool
+from nnmosaic.planners.preprocessing import (
+    copy_references,
+    finished_cases,
+    preprocess_configuration,
+)
+from nnmosaic.planners.resources import MAX_WORKERS, default_workers, space_warning
+from nnmosaic.planners.worker_pool import call_one, start_server, worker_pool
 
 logger = logging.getLogger(__name__)
 
+NETWORK = ("architecture", "spacing", "normalization_schemes", "inherits_from")
+"""Entries of a configuration that all folds of a model must share."""
 DEFAULT_FOLDS = 5
 DEFAULT_PLANS = "nnUNetPlans"
 DEFAULT_TRAINER = "nnUNetTrainerSelfDisambiguation"
@@ -69,6 +77,8 @@ class PlanRequest:
         Threads of the training in these minutes. Default: all cores.
     keep_plans : bool
         Do not plan: take the plans file as it is, for example edited by hand.
+    configuration : str, optional
+        What the minutes are for.
     measure : bool
         Train some steps of each configuration and note time and memory in the plans.
     """
@@ -82,6 +92,7 @@ class PlanRequest:
     folds: int = DEFAULT_FOLDS
     cores: int | None = None
     keep_plans: bool = False
+    configuration: str | None = None
     measure: bool = False
 
     def __post_init__(self) -> None:
@@ -108,7 +119,14 @@ class PlanRequest:
     def budget(self) -> dict[str, Any]:
         """Return what a measured CPU plan is made for, as its plans hold it."""
         cores = {"cores": self.cores} if self.cores else {}
-        return {"device": "cpu", "minutes": self.minutes, "folds": self.folds, **cores}
+        return {
+            "device": "cpu",
+            "minutes": self.minutes,
+            "folds": self.folds,
+            "configuration": self.configuration,
+            "trainer": _trainer(self),
+            **cores,
+        }
 
 
 def plan(workspace: Workspace, identifier: str, request: PlanRequest) -> PlanningResult:
@@ -124,11 +142,11 @@ def plan(workspace: Workspace, identifier: str, request: PlanRequest) -> Plannin
             "--minutes needs preprocessed data, on which steps are measured: use "
             "plan_and_preprocess."
         )
-    with _opened(workspace, identifier) as (dataset, cases, folder):
-        _fingerprint(cases, dataset, folder, os.cpu_count() or 1)
-        with worker_pool(1) as pool:
-            result = _plan(folder, request, pool)
-        write_json(result.plans, _plans_file(folder, result.plans))
+    with _opened(workspace, identifier) as (dataset, cases, folder), worker_pool(1) as pool:
+        _fingerprint(cases, dataset, folder, _threads(None))
+        _check_trainer(request, pool)
+        result = _plan(folder, request, dataset, pool)
+        _write_plans(result.plans, folder, workspace)
     return result
 
 
@@ -156,35 +174,51 @@ def plan_and_preprocess(
     Raises
     ------
     InputError
-        If the dataset is broken; nothing is planned then.
+        If the dataset is broken, or if the plans would change the network of trained folds; nothing
+        is planned then.
     """
     request = request or PlanRequest()
-    if request.minutes is not None and len(configurations) != 1:
-        raise InputError("--minutes is the time of one configuration: give exactly one with -c.")
-    with _opened(workspace, identifier) as (dataset, cases, folder):
-        threads = workers or min(MAX_WORKERS, os.cpu_count() or 1)
-        fingerprint = _fingerprint(cases, dataset, folder, threads)
-        with worker_pool(workers or default_workers(fingerprint)) as pool:
-            result = _plan(folder, request, pool)
-            decisions = result.decisions
-            plans_file = _plans_file(folder, result.plans)
-            fitted = _fitted_before(result.plans, plans_file, request)
-            write_json(fitted or result.plans, plans_file)
-            # In a worker, beside the first cases: it imports scikit-learn.
-            folds = pool.submit(_folds, [case.identifier for case in cases], dataset, folder)
-            known = _known_configurations(configurations, result.plans, plans_file)
-            _preprocess(cases, dataset, plans_file, known, pool, fingerprint)
+    if request.minutes is not None:
+        if len(configurations) != 1:
+            raise InputError(
+                "--minutes is the time of one configuration: give exactly one with -c."
+            )
+        request = replace(request, configuration=configurations[0])
+    with _opened(workspace, identifier) as (dataset, cases, folder), worker_pool(1) as planning:
+        fingerprint = _fingerprint(cases, dataset, folder, _threads(workers))
+        _check_trainer(request, planning)
+        result = _plan(folder, request, dataset, planning)
+        fitted = _fitted_before(result.plans, folder, request)
+        plans = fitted or result.plans
+        known = _known_configurations(configurations, plans)
+        if not request.keep_plans:
+            _write_plans(plans, folder, workspace)
+        # Beside the first cases: it imports scikit-learn.
+        folds = planning.submit(_folds, [case.identifier for case in cases], dataset, folder)
+        workers = workers or default_workers(fingerprint, plans, known)
+        with worker_pool(workers) as pool:
+            preprocess = partial(_preprocess, cases, dataset, folder, known, pool, fingerprint)
+            preprocess(plans)
             if (problem := folds.result()) is not None:
                 logger.warning("No folds: %s", problem)
             if request.minutes is not None:
-                fitted = fitted or _fit(result.plans, known[0], request, folder, len(cases), pool)
+                if fitted is None:
+                    fitted = _fit(result.plans, request, folder, len(cases), planning)
+                    _write_plans(fitted, folder, workspace)
+                    labels = dataset.content["labels"]
+                    digests = {configuration_digest(p, known[0], labels) for p in (plans, fitted)}
+                    if len(digests) > 1:  # a smaller patch gives 3d_lowres another spacing
+                        preprocess(fitted)
+                result = call_one(planning, "describe", fitted)
             elif request.measure:
-                fitted = _measured(result.plans, known, request, folder)
-            if fitted is not None:
-                write_json(fitted, plans_file)
-                result = pool.submit(call, "describe", fitted).result()
-                result = replace(result, decisions=result.decisions or decisions)
+                measured = _measured(plans, known, request, folder)
+                _write_plans(measured, folder, workspace)
+                result = replace(result, plans=measured)
     return result
+
+
+def _threads(workers: int | None) -> int:
+    return workers or min(MAX_WORKERS, os.cpu_count() or 1)
 
 
 @contextmanager
@@ -218,15 +252,37 @@ def _fingerprint(
     return fingerprint
 
 
-def _plan(folder: Path, request: PlanRequest, pool: Executor) -> PlanningResult:
+def _check_trainer(request: PlanRequest, pool: Executor) -> None:
+    if request.trainer is not None:
+        pool.submit(_look_up_trainer, request.trainer).result()
+
+
+def _look_up_trainer(name: str) -> None:
+    """Raise `InputError` if there is no such trainer; runs where torch is imported already."""
+    from nnmosaic.trainers.lookup import trainer_class
+
+    trainer_class(name)
+
+
+def _plan(
+    folder: Path, request: PlanRequest, dataset: DatasetJson, pool: Executor
+) -> PlanningResult:
     if request.keep_plans:
-        path = folder / f"{request.plans_name or DEFAULT_PLANS}.json"
+        name = request.plans_name or DEFAULT_PLANS
+        path = folder / f"{name}.json"
         if not path.is_file():
             raise InputError(f"{path} does not exist: leave --keep_plans out to plan.")
-        result: PlanningResult = pool.submit(call, "describe", read_json(path)).result()
+        plans = read_json(path)
+        if plans.get("plans_name") != name:
+            raise InputError(
+                f'{path} holds "plans_name": {plans.get("plans_name")!r}. Set it to {name!r}, and '
+                "the data_identifier of changed configurations to a name of their own."
+            )
+        write_json(dataset.content, folder / "dataset.json")  # planners copy it, too
+        result: PlanningResult = call_one(pool, "describe", plans)
     else:
-        result = pool.submit(
-            call,
+        result = call_one(
+            pool,
             "plan",
             folder.name,
             planner=request.planner,
@@ -234,7 +290,7 @@ def _plan(folder: Path, request: PlanRequest, pool: Executor) -> PlanningResult:
             memory_gb=request.memory_gb,
             memory_factor=memory_factor(request.trainer),
             device=request.device,
-        ).result()
+        )
     logger.debug(result.output)
     return result
 
@@ -243,15 +299,32 @@ def _plans_file(folder: Path, plans: dict[str, Any]) -> Path:
     return folder / f"{plans['plans_name']}.json"
 
 
-def _known_configurations(
-    configurations: Sequence[str], plans: dict[str, Any], plans_file: Path
-) -> list[str]:
+def _write_plans(plans: dict[str, Any], folder: Path, workspace: Workspace) -> None:
+    """Write the plans file, unless folds were trained with another network of that name."""
+    path = _plans_file(folder, plans)
+    before = read_json(path)["configurations"] if path.is_file() else {}
+    for name, configuration in plans["configurations"].items():
+        trained = f"*__{plans['plans_name']}__{name}/fold_*/checkpoint_*.pth"
+        if (
+            name in before
+            and any(before[name].get(key) != configuration.get(key) for key in NETWORK)
+            and (found := next((workspace.results / folder.name).glob(trained), None))
+        ):
+            raise InputError(
+                f"{path} would get another network for {name}, but {found.parent} was trained with "
+                "the present one. Go on with --keep_plans, name the new plans with "
+                "-overwrite_plans_name, or move the results away."
+            )
+    write_json(plans, path)
+
+
+def _known_configurations(configurations: Sequence[str], plans: dict[str, Any]) -> list[str]:
     known = [name for name in configurations if name in plans["configurations"]]
     for name in sorted(set(configurations) - set(known)):
         logger.info("Configuration %s is not in the plans and is skipped", name)
     if not known:
         raise InputError(
-            f"None of {list(configurations)} is in {plans_file}, which has "
+            f"None of {list(configurations)} is in {plans['plans_name']}, which has "
             f"{', '.join(plans['configurations'])}. Choose one of these with -c."
         )
     return known
@@ -271,113 +344,130 @@ def _folds(names: Sequence[str], dataset: DatasetJson, folder: Path) -> str | No
 def _preprocess(
     cases: Sequence[Case],
     dataset: DatasetJson,
-    plans_file: Path,
+    folder: Path,
     configurations: Sequence[str],
     pool: Executor,
     fingerprint: dict[str, Any],
+    plans: dict[str, Any],
 ) -> None:
-    plans = read_json(plans_file)
+    """Preprocess what is not preprocessed yet for the plans, which are in their file."""
+    plans_file, contents = _plans_file(folder, plans), contents_of(fingerprint)
+    unfinished = {
+        name: set(contents) - set(finished_cases(plans_file, plans, name, dataset, contents))
+        for name in configurations
+    }
+    if (warning := space_warning(folder, fingerprint, plans, unfinished)) is not None:
+        logger.warning(warning)
     for name in configurations:
-        if (warning := check_free_space(plans_file.parent, fingerprint, plans, name)) is not None:
-            logger.warning(warning)
-    for name in configurations:
-        with progress(f"Preprocessing {name}", len(cases)) as advance:
-            done = preprocess_configuration(
-                cases,
-                dataset,
-                plans_file,
-                name,
-                pool,
-                contents=contents_of(fingerprint),
-                on_case=advance,
+        done = len(cases) - len(unfinished[name])
+        if done:
+            logger.info("%s: %d cases are preprocessed already", name, done)
+        with progress(f"Preprocessing {name}", len(unfinished[name])) as advance:
+            preprocess_configuration(
+                cases, dataset, plans_file, name, pool, contents=contents, on_case=advance
             )
-        if done < len(cases):
-            logger.info("%s: %d cases were preprocessed already", name, len(cases) - done)
-    copy_references(cases, plans_file.parent / "gt_segmentations", dataset.file_ending)
+    copy_references(cases, folder / "gt_segmentations", dataset.file_ending)
 
 
 # -------------------------------------------------------------------- minutes on a CPU
 
 
 def _fitted_before(
-    plans: dict[str, Any], plans_file: Path, request: PlanRequest
+    plans: dict[str, Any], folder: Path, request: PlanRequest
 ) -> dict[str, Any] | None:
     """Return the plans in the file if they were fitted from the same plans to the same minutes.
 
     A measurement never comes out twice the same, and trained folds must keep their network.
     """
+    plans_file = _plans_file(folder, plans)
     if request.minutes is None or not plans_file.is_file():
         return None
     before: dict[str, Any] = read_json(plans_file)
     budget = read_section(before).budget
-    wanted = {**request.budget(), "planned_from": _digest(plans)}
-    return before if budget == wanted else None
+    wanted = request.budget()
+    if "minutes" in budget and budget["configuration"] != wanted["configuration"]:
+        raise InputError(
+            f"{plans_file} fits {budget['configuration']} into its minutes. Give the plans of "
+            f"{wanted['configuration']} another name with -overwrite_plans_name."
+        )
+    return before if budget == {**wanted, "planned_from": _digest(plans, request)} else None
 
 
 def _fit(
     plans: dict[str, Any],
-    configuration: str,
     request: PlanRequest,
     folder: Path,
     number_of_cases: int,
     pool: Executor,
 ) -> dict[str, Any]:
+    configuration = str(request.configuration)
     if "architecture" not in plans["configurations"][configuration]:
         raise InputError(
             f"--minutes cannot choose a network for {configuration}, which inherits that of "
             "another configuration. Plan for the other one."
         )
-    section = read_section(plans)
-    budget = {**request.budget(), "planned_from": _digest(plans)}
+    budget = {**request.budget(), "planned_from": _digest(plans, request)}
 
     def planned(size: float) -> dict[str, Any]:
         if size == 1:
             return plans
-        arguments = {"plans_name": request.plans_name, "device": "cpu", "size": size}
-        smaller: dict[str, Any] = pool.submit(call, "plan", folder.name, **arguments).result().plans
-        return smaller
+        options = {"plans_name": request.plans_name, "device": "cpu", "size": size}
+        smaller: PlanningResult = call_one(pool, "plan", folder.name, **options)
+        return smaller.plans
 
     def measure(candidate: dict[str, Any]) -> Speed:
         logger.info("Measuring steps of %s", name_of(candidate, configuration))
-        write_section(candidate, replace(section, budget=budget))  # the threads of a training
-        return measure_speed(candidate, configuration, request.trainer or DEFAULT_TRAINER, folder)
+        # With the budget, so that the steps get the cores of the training.
+        write_section(candidate, replace(read_section(candidate), budget=budget))
+        return measure_speed(candidate, configuration, _trainer(request), folder)
 
     fit = fit_to_seconds(
         planned,
         measure,
         configuration,
-        section.run_settings,
+        read_section(plans).run_settings,
         seconds=60 * float(request.minutes or 0) / request.folds,
-        validation_cases=-(-number_of_cases // DEFAULT_FOLDS),
+        validation_cases=_validation_cases(folder, number_of_cases),
     )
-    write_section(
-        fit.plans,
-        PlansSection(
-            budget,
-            fit.settings,
-            (*section.decisions[:-2], *fitted_decisions(fit, configuration, request.folds)),
-            {configuration: fit.numbers()},
-        ),
-    )
+    section = read_section(fit.plans)
+    own = fitted_decisions(fit, configuration, request.folds)
+    kept = [d for d in section.decisions if d.what not in {decision.what for decision in own}]
+    expected = {configuration: fit.numbers()}
+    write_section(fit.plans, PlansSection(budget, fit.settings, (*kept, *own), expected))
     return fit.plans
+
+
+def _validation_cases(folder: Path, number_of_cases: int) -> int:
+    """Return the cases of the largest fold."""
+    splits = folder / "splits_final.json"
+    if splits.is_file():
+        return max(len(fold["val"]) for fold in read_json(splits))
+    return number_of_cases  # too few for folds: fold "all" is validated on all of them
 
 
 def _measured(
     plans: dict[str, Any], configurations: Sequence[str], request: PlanRequest, folder: Path
 ) -> dict[str, Any]:
-    section = read_section(plans)
+    """Return the plans with the speed of each configuration in them."""
     expected = {}
     for name in configurations:
         if "previous_stage" in plans["configurations"][name]:
             logger.info("%s needs predictions of another stage: not measured", name)
             continue
         logger.info("Measuring steps of %s", name)
-        trainer = request.trainer or DEFAULT_TRAINER
-        expected[name] = asdict(measure_speed(plans, name, trainer, folder, request.device))
+        expected[name] = asdict(
+            measure_speed(plans, name, _trainer(request), folder, request.device)
+        )
     measured = copy.deepcopy(plans)
-    write_section(measured, replace(section, expected=expected))
+    write_section(measured, replace(read_section(plans), expected=expected))
     return measured
 
 
-def _digest(plans: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(plans, sort_keys=True).encode()).hexdigest()
+def _trainer(request: PlanRequest) -> str:
+    return request.trainer or DEFAULT_TRAINER
+
+
+def _digest(plans: dict[str, Any], request: PlanRequest) -> str:
+    """Return a digest of what the fit began with: the configuration alone."""
+    text = json.dumps(plans["configurations"][str(request.configuration)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -55,8 +55,11 @@ def print_report(report: RenderableType) -> None:
 
 def _row(name: str, plans: Mapping[str, Any], size: Mapping[str, float]) -> list[str]:
     configuration = resolved_configuration(plans, name)
-    architecture = configuration["architecture"]
-    features = architecture["arch_kwargs"]["features_per_stage"]
+    architecture = configuration.get("architecture", {})
+    network = str(architecture.get("network_class_name", NOT_MEASURED)).rpartition(".")[2]
+    features = architecture.get("arch_kwargs", {}).get("features_per_stage")
+    if isinstance(features, list):
+        network += f", {len(features)} stages, {features[0]} to {features[-1]} features"
     section = read_section(plans)
     memory, epoch = size.get("memory_gb"), NOT_MEASURED
     if name in section.expected:
@@ -68,8 +71,7 @@ def _row(name: str, plans: Mapping[str, Any], size: Mapping[str, float]) -> list
         _by(configuration["spacing"]),
         _by(configuration["patch_size"]),
         str(configuration["batch_size"]),
-        f"{architecture['network_class_name'].rsplit('.')[-1]}, {len(features)} stages, "
-        f"{features[0]} to {features[-1]} features",
+        network,
         f"{size['parameters'] / 1e6:.2f} M",
         NOT_MEASURED if memory is None else f"{memory:.1f} GB",
         epoch,

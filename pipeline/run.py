@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from nnmosaic.data_conversion.atomic_write import read_json
 from nnmosaic.data_conversion.dataset_json import read_dataset_json
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.pipeline.device import choose_device
@@ -11,7 +12,7 @@ from nnmosaic.pipeline.plan_and_preprocess import PlanRequest, plan_and_preproce
 from nnmosaic.pipeline.predict import predict
 from nnmosaic.pipeline.train import FINAL, is_finished, model_folder, train
 from nnmosaic.pipeline.workspace import Workspace
-from nnmosaic.planners.plans_section import RunSettings
+from nnmosaic.planners.plans_section import RunSettings, read_section
 from nnmosaic.trainers.checkpoint import stored_settings
 
 logger = logging.getLogger(__name__)
@@ -54,8 +55,9 @@ def run(
         cores=cores,
         folds=len(folds),
     )
-    if minutes is not None and any(model.glob("fold_*/checkpoint_*.pth")):
-        # A new measurement could choose another network than the trained folds have.
+    if any(model.glob("fold_*/checkpoint_*.pth")):
+        logger.info("Folds are trained already: their plans are kept")
+        _refuse_other_minutes(workspace.preprocessed / model.parent.name, plans_name, minutes)
         request = PlanRequest(plans_name=plans_name, trainer=trainer, keep_plans=True)
     plan_and_preprocess(workspace, identifier, [configuration], request)
     dataset = read_dataset_json(workspace.preprocessed / workspace.dataset(identifier))
@@ -77,3 +79,14 @@ def run(
             device=device,
         )
     return predict(images, output, model, folds=folds, skip_existing=True, device=device)
+
+
+def _refuse_other_minutes(folder: Path, plans_name: str, minutes: float | None) -> None:
+    path = folder / f"{plans_name}.json"
+    planned = read_section(read_json(path)).budget.get("minutes") if path.is_file() else None
+    if minutes is not None and minutes != planned:
+        raise InputError(
+            f"--minutes {minutes:g}: folds are trained with {path}, which was planned for "
+            f"{'no minutes' if planned is None else f'{planned:g}'}. Leave the flag out to go on, "
+            "or name other plans with -p."
+        )

@@ -5,7 +5,7 @@ request comes as JSON from standard input, the answer is the last line of standa
 """
 
 import json
-import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,8 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.planners.cpu_budget import Speed
 
+BAD_INPUT = 2
 WARM_UP_STEPS = 3
 SECONDS_OF_STEPS = 10.0
 MIN_STEPS = 5
@@ -41,6 +43,8 @@ def measure_speed(
 
     Raises
     ------
+    InputError
+        If the trainer refuses the data.
     RuntimeError
         If a step fails, with the last lines of its output.
     """
@@ -59,6 +63,14 @@ def measure_speed(
         text=True,
     )
     wall = time.perf_counter() - start
+    if run.returncode == BAD_INPUT:
+        raise InputError(run.stderr.strip())
+    if run.returncode < 0:
+        cause = signal.Signals(-run.returncode).name
+        raise RuntimeError(
+            f"Measuring steps of {configuration} was ended by {cause}; most often the memory was "
+            "full. Plan for less memory, or end other programs."
+        )
     if run.returncode != 0:
         raise RuntimeError(f"A training step of the new plans fails:\n{run.stderr[-1500:]}")
     answer = json.loads(run.stdout.splitlines()[-1])
@@ -96,6 +108,8 @@ def _measure(request: dict[str, Any], results: str) -> dict[str, float]:
     if device.type == "cuda":
         times["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
     else:
+        import resource  # not on Windows
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         times["memory_gb"] = peak / (2**30 if sys.platform == "darwin" else 2**20)
     return {**times, "measuring": time.perf_counter() - start}
@@ -165,8 +179,12 @@ def _fastest(action: Callable[[], Any]) -> float:
 def main() -> None:
     """Answer one request."""
     request = json.load(sys.stdin)
-    with tempfile.TemporaryDirectory() as results:
-        answer = _measure(request, results)
+    try:
+        with tempfile.TemporaryDirectory() as results:
+            answer = _measure(request, results)
+    except InputError as error:
+        sys.stderr.write(str(error))
+        sys.exit(BAD_INPUT)
     sys.stdout.write(json.dumps(answer) + "\n")
 
 

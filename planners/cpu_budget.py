@@ -35,7 +35,8 @@ class Speed:
         Seconds. ``per_epoch`` is what an epoch takes beside its steps; a validation case counts all
         tiles and mirrorings.
     memory_gb : float
-        Largest resident memory of the training process.
+        Largest resident memory of the training process; augmentation workers, which nnU-Net starts
+        on more than 4 cores, come on top.
     """
 
     to_start: float

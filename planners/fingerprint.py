@@ -29,6 +29,8 @@ from nnmosaic.planners.source_statistics import (
 from nnmosaic.planners.worker_pool import run_cases
 
 SECTION = "nnmosaic"
+VERSION = 1
+"""Of that section: another one is computed anew."""
 NUM_INTENSITY_SAMPLES = 10e7
 """Foreground voxels sampled in the whole dataset, as nnU-Net does."""
 SAMPLING_SEED = 1234
@@ -127,13 +129,11 @@ def analyse_case(case: Case, dataset: DatasetJson, num_samples: int) -> CaseFact
         rng.choice(channel[inside][foreground], num_samples) if foreground.any() else np.empty(0)
         for channel in image
     ]
-    masks = {
-        rater: read_label(
-            replace(case, label=path), reader, image=image, properties=properties, legal=legal
-        )
-        > 0
-        for rater, path in case.raters
-    }
+    masks = {}
+    for rater, path in case.raters:
+        own = replace(case, label=path)
+        drawn = read_label(own, reader, image=image, properties=properties, legal=legal)
+        masks[rater] = (drawn > 0) & (drawn != dataset.ignore_label)
     return CaseFacts(
         shape=foreground.shape,
         spacing=[float(s) for s in properties["spacing"]],
@@ -190,8 +190,10 @@ def _inputs(
 
 
 def _declared(dataset: DatasetJson) -> dict[str, Any]:
-    keys = ("labels", "partial_labels", "channel_names", "multirater")
-    return {key: dataset.content.get(key) for key in keys}
+    keys = (
+        "labels", "partial_labels", "channel_names", "multirater", "overwrite_image_reader_writer",
+    )  # fmt: skip
+    return {"version": VERSION, **{key: dataset.content.get(key) for key in keys}}
 
 
 def _nonzero_box(image: np.ndarray) -> tuple[slice, ...]:

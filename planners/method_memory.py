@@ -6,7 +6,8 @@ MEMORY_FACTOR: Mapping[str, float] = {
     "nnUNetTrainerMosaic": 1.0,
     "nnUNetTrainerSelfDisambiguation": 1.0,
 }
-"""Trainer -> factor, measured by ``python -m benchmarks.planning``; 1 for all others."""
+"""Trainer -> factor; 1 for all others. Self-disambiguation changes the loss only: on a CPU its
+process took 1.00 times the memory (``python -m benchmarks.planning``)."""
 
 
 def memory_factor(trainer: str | None) -> float:

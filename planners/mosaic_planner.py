@@ -27,6 +27,7 @@ from nnmosaic.planners.plans_section import Decision, PlansSection, RunSettings,
 
 HOUNSFIELD_AIR = -100.0
 """HU. An image in Hounsfield units holds air or fat below this, an MR image nothing at all."""
+NNUNET_CONFIGURATIONS = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")
 SMALL_ANISOTROPIC_PERCENTILE = 10
 """nnU-Net's, for the axis with thick slices."""
 
@@ -168,7 +169,7 @@ class SourceAwareMixin:
         """Complete the plans and keep them here; the command writes them, in one step.
 
         nnMosaic's section is added where anything deviates from nnU-Net. Configurations that a user
-        added to an older plans file stay, as in nnU-Net.
+        added to an older plans file stay, as in nnU-Net; a 3d_lowres of older plans does not.
         """
         forward = plans["transpose_forward"]
         if self.has_several_sources:
@@ -185,9 +186,12 @@ class SourceAwareMixin:
         recursive_fix_for_json_export(plans)
         path = Path(nnUNet_preprocessed) / self.dataset_name / f"{self.plans_identifier}.json"
         if path.is_file():
-            plans["configurations"] = {
-                **read_json(path)["configurations"], **plans["configurations"]
-            }  # fmt: skip
+            added = {
+                name: configuration
+                for name, configuration in read_json(path)["configurations"].items()
+                if name not in NNUNET_CONFIGURATIONS
+            }
+            plans["configurations"] = {**plans["configurations"], **added}
 
     # ---------------------------------------------------------------- what is written down
 
@@ -225,9 +229,15 @@ class SourceAwareMixin:
 
     def _decisions(self, plans: dict[str, Any]) -> list[Decision]:
         decisions = [self._spacing_decision(plans), *self._normalisation_decisions(plans)]
+        full = plans["configurations"].get("3d_fullres", plans["configurations"]["2d"])
+        voxels = float(np.prod(full["median_image_size_in_voxels"]))
         for name, configuration in plans["configurations"].items():
-            if "patch_size" in configuration:
-                decisions += self._size_decisions(name, configuration)
+            if name in NNUNET_CONFIGURATIONS and "patch_size" in configuration:
+                own = configuration["median_image_size_in_voxels"]
+                is_2d = len(own) == 2
+                decisions += self._size_decisions(
+                    name, configuration, voxels if is_2d else float(np.prod(own))
+                )
         if "3d_fullres" in plans["configurations"] and ("3d_lowres" not in plans["configurations"]):
             full = plans["configurations"]["3d_fullres"]
             covered = _covered(full)
@@ -257,7 +267,7 @@ class SourceAwareMixin:
                 f"{name} {part:.0%}" for name, part in share.items()
             )
             numbers["spacing_of_sources"] = {n: s["spacing"] for n, s in self.sources.items()}
-        if not np.allclose(target, median):
+        if self.overwrite_target_spacing is None and not np.allclose(target, median):
             reason += f"; along the thick slices the {SMALL_ANISOTROPIC_PERCENTILE}th percentile"
         return Decision("target spacing", f"{_by(target)} mm", reason, numbers)
 
@@ -272,8 +282,10 @@ class SourceAwareMixin:
             warns = False
             if name.casefold() == "ct" and wrong:
                 warns = True
-                reason = f"called {name!r}, but no value of {', '.join(wrong)} is below "
-                reason += f"{HOUNSFIELD_AIR:g}, as in Hounsfield units"
+                reason = (
+                    f"called {name!r}, but most images of {', '.join(wrong)} have no value below "
+                )
+                reason += f"{HOUNSFIELD_AIR:g}, as Hounsfield units have"
             elif apart and scheme != "ZScoreNormalization":
                 warns = True
                 reason += f"; but the intensities of {apart[0]} and {apart[1]} lie apart"
@@ -282,7 +294,9 @@ class SourceAwareMixin:
             )
         return decisions
 
-    def _size_decisions(self, name: str, configuration: dict[str, Any]) -> list[Decision]:
+    def _size_decisions(
+        self, name: str, configuration: dict[str, Any], voxels_of_image: float
+    ) -> list[Decision]:
         median = configuration["median_image_size_in_voxels"]
         covered = _covered(configuration)
         batch = configuration["batch_size"]
@@ -293,7 +307,7 @@ class SourceAwareMixin:
             + ("" if covered >= 1 else f", bounded by {self._bound()}"),
             {"median_image_size_in_voxels": list(median)},
         )
-        voxels = float(np.prod(median)) * self.dataset_json["numTraining"]
+        voxels = voxels_of_image * self.dataset_json["numTraining"]
         most = round(voxels * self.max_dataset_covered / np.prod(configuration["patch_size"]))
         reason = f"as many as {self._bound()} allows"
         if batch == self.UNet_min_batch_size:

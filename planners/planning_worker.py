@@ -6,6 +6,7 @@ imports them once for all workers.
 
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 from collections.abc import Mapping
@@ -53,7 +54,7 @@ def plan(
     device: str | None = None,
     size: float = 1.0,
 ) -> PlanningResult:
-    """Run a planner and return its plans, which are not on disk yet.
+    """Run a planner and return its plans; only nnU-Net's own planners write them to disk.
 
     Parameters
     ----------
@@ -87,7 +88,8 @@ def plan(
         multiprocessing.set_start_method("fork", force=True)
     with contextlib.redirect_stdout(io.StringIO()) as output:
         used = planner_class(dataset_name, **options)
-        plans: dict[str, Any] = used.plan_experiment()
+        # As it is read from the file later: nnU-Net's planners leave tuples in it.
+        plans: dict[str, Any] = json.loads(json.dumps(used.plan_experiment()))
         is_ours = isinstance(used, SourceAwareMixin)
         return PlanningResult(
             plans,
@@ -123,7 +125,8 @@ def _network_sizes(
                 allow_init=False,
             )
         sizes[name] = {"parameters": sum(p.numel() for p in network.parameters())}
-        if planner is not None and planner.plans_for_gpu:
+        has_estimate = hasattr(network, "compute_conv_feature_map_size")
+        if planner is not None and planner.plans_for_gpu and has_estimate:
             values = network.compute_conv_feature_map_size(configuration.patch_size)
             resolved = configuration.configuration
             sizes[name]["memory_gb"] = planner.expected_memory_gb(values, resolved)

@@ -104,8 +104,9 @@ class PlansSection:
     Attributes
     ----------
     budget : mapping
-        What the planner was asked to fit into, as given: "device", "cores", "minutes", "folds",
-        "memory_gb", "memory_factor".
+        What the planner was asked to fit into, where that is not nnU-Net's: "device", "minutes"
+        (with "folds", "configuration", "trainer", "cores"), "memory_gb" below nnU-Net's smallest
+        preset, "memory_factor".
     run_settings : RunSettings
         The training that fits this budget. Flags of the train command go before it.
     decisions : tuple of Decision

@@ -64,12 +64,7 @@ def preprocess_configuration(
     folder = plans_file.parent / identifier
     ledger = Ledger(ledger_path(folder))
     digest = configuration_digest(plans, configuration, dataset.content["labels"])
-    finished = {
-        name: digest_then
-        for name, digest_then in ledger.finished(digest).items()
-        if contents.get(name) == digest_then
-        and all((folder / f"{name}{s}").is_file() for s in SUFFIXES)
-    }
+    finished = finished_cases(plans_file, plans, configuration, dataset, contents)
     _remove_all_but(folder, finished)
     ledger.begin(digest, list(contents), finished)
     scratch = folder.with_name(f".{identifier}.tmp")
@@ -93,6 +88,24 @@ def preprocess_configuration(
 def _noted_case(scratch: Path, process: int) -> str | None:
     note = case_file(scratch, process)
     return note.read_text(encoding="utf-8") if note.is_file() else None
+
+
+def finished_cases(
+    plans_file: Path,
+    plans: Mapping[str, Any],
+    configuration: str,
+    dataset: DatasetJson,
+    contents: Mapping[str, str],
+) -> dict[str, str]:
+    """Return case -> digest of its files, for those that are preprocessed and unchanged."""
+    folder = plans_file.parent / data_identifier(plans, configuration)
+    digest = configuration_digest(plans, configuration, dataset.content["labels"])
+    return {
+        name: content
+        for name, content in Ledger(ledger_path(folder)).finished(digest).items()
+        if contents.get(name) == content
+        and all((folder / f"{name}{suffix}").is_file() for suffix in SUFFIXES)
+    }
 
 
 def copy_references(cases: Sequence[Case], folder: Path, file_ending: str) -> None:

@@ -120,10 +120,11 @@ def source_statistics(
     dict
         "sources": source -> number of cases, quantiles of spacing (mm) and shape per axis,
         intensities per channel. "classes": class -> cases that annotate it, cases that show it,
-        voxels, quantiles of volume (mm³) and of the number of connected components; a class within
-        a merged label counts in neither. "class_source_matrix": class -> source -> the same counts,
-        with "annotated" "yes", "merged" (counts of the union) or "no". "raters", where there are
-        several: quantiles over cases of the Dice of every pair and of each rater's volume ratio.
+        voxels, quantiles of volume (mm³; mm² in 2D) and of the number of connected components; a
+        class within a merged label counts in neither, and overlapping regions have no classes.
+        "class_source_matrix": class -> source -> the same counts, with "annotated" "yes", "merged"
+        (counts of the union) or "no". "raters", where there are several: quantiles over cases of
+        the Dice of every pair and of each rater's volume ratio.
     """
     members: dict[str, list[str]] = {source.source: [] for source in dataset.sources()}
     for case in facts:
@@ -185,7 +186,7 @@ def _class_statistics(
         for case in annotated
         if dataset.labels[name] in facts[case].objects
     }
-    volumes = [n * float(np.prod(facts[case].spacing)) for case, (n, _) in objects.items()]
+    volumes = [n * _voxel_size(facts[case]) for case, (n, _) in objects.items()]
     return {
         "cases_annotated": len(annotated),
         "cases_present": len(objects),
@@ -193,6 +194,11 @@ def _class_statistics(
         "volume_mm3": _quantiles(volumes) if volumes else {},
         "components": _quantiles([n for _, n in objects.values()]) if objects else {},
     }
+
+
+def _voxel_size(fact: CaseFacts) -> float:
+    """Return mm³, or mm² for a 2D image: nnU-Net's first axis of that has one slice of 999 mm."""
+    return float(np.prod(fact.spacing[1:] if fact.shape[0] == 1 else fact.spacing))
 
 
 def _cell(name: str, facts: Mapping[str, CaseFacts], dataset: DatasetJson) -> dict[str, Any]:

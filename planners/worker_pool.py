@@ -56,6 +56,23 @@ def _die_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def call_one(pool: Executor, function: str, *arguments: Any, **options: Any) -> Any:
+    """Call a function of `WORKER_MODULE` in a worker of ``pool`` and return its result.
+
+    Raises
+    ------
+    RuntimeError
+        If the worker process dies.
+    """
+    try:
+        return pool.submit(call, function, *arguments, **options).result()
+    except BrokenProcessPool:
+        raise RuntimeError(
+            f"The worker process that ran {function!r} died; most often the memory was full. Run "
+            "the same command again."
+        ) from None
+
+
 def call(function: str, *arguments: Any, **options: Any) -> Any:
     """Call a function of `WORKER_MODULE` by name; runs in a worker."""
     return getattr(import_module(WORKER_MODULE), function)(*arguments, **options)
@@ -84,17 +101,19 @@ def run_cases(
     RuntimeError
         If a worker process dies, with its case and cause.
     """
-    futures: dict[Future[Any], str] = {
-        pool.submit(function, *values): case for case, values in arguments.items()
-    }
-    workers = multiprocessing.active_children()
-    unfinished = dict.fromkeys(futures.values())
+    futures: dict[Future[Any], str] = {}
+    workers: list[BaseProcess] = []
+    unfinished = dict.fromkeys(arguments)
     try:
+        for case, values in arguments.items():
+            futures[pool.submit(function, *values)] = case
+        workers = multiprocessing.active_children()
         for future in as_completed(list(futures)):
             result = future.result()
             unfinished.pop(futures[future])
             yield futures.pop(future), result
     except BrokenProcessPool:
+        pool.shutdown()  # only then all exit codes are known
         raise RuntimeError(_cause_of_death(workers, case_of, list(unfinished))) from None
     finally:
         for future in futures:
@@ -111,7 +130,7 @@ def _cause_of_death(
         if code in (None, 0, -signal.SIGTERM) or worker.pid is None:
             continue
         case = case_of(worker.pid) or f"one of {', '.join(unfinished[:MAX_SUSPECTS])}"
-        if code == -signal.SIGKILL:
+        if code == -getattr(signal, "SIGKILL", 0):  # Windows has none
             cure = f"Most often the memory was full: use fewer workers (-np). {cure}"
         cause = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         return f"The worker process of {case} was ended {cause}. {cure}"

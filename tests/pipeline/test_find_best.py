@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from nnmosaic.data_conversion.dataset_json import parse_dataset_json
+from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.pipeline.cli import main
-from nnmosaic.pipeline.find_best import Candidate, Model, compare
+from nnmosaic.pipeline.find_best import Candidate, Model, _commands, compare
 
 NAN = float("nan")
 CONTENT = {
@@ -41,6 +42,26 @@ def test_classes_count_where_annotated_and_subjects_are_resampled_as_a_whole() -
     assert second["difference_interval"] == [0.0, 0.0]
 
 
+def test_models_with_other_cases_are_not_compared() -> None:
+    one = candidate("one", [[0.5, 0.5]] * 4)
+    other = Candidate(candidate("other", []).models, one.dice[:3], one.cases[:3])
+    with pytest.raises(InputError, match="c3 is missing in one of them"):
+        compare([one, other], parse_dataset_json(CONTENT))
+
+
+def test_a_cascade_is_predicted_in_order(tmp_path: Path) -> None:
+    folder = tmp_path / "T__P__3d_cascade_fullres"
+    for name in (folder, tmp_path / "T__P__3d_lowres"):
+        name.mkdir()
+        stages = {"3d_lowres": {}, "3d_cascade_fullres": {"previous_stage": "3d_lowres"}}
+        (name / "plans.json").write_text(json.dumps({"configurations": stages}))
+    model = Model("T", "P", "3d_cascade_fullres", folder, ("0",))
+    first, second = _commands([model], ["0", "1"])
+    assert f"-m {tmp_path}/T__P__3d_lowres -f 0 1" in first
+    assert f"-m {folder} -f 0 1 -prev_stage_predictions PREDICTIONS_3d_lowres" in second
+    assert "-o PREDICTIONS_3d_lowres " in first
+
+
 @pytest.mark.slow
 def test_the_better_of_two_models_and_their_ensemble(
     prepared: Path, capsys: pytest.CaptureFixture[str]
@@ -52,7 +73,7 @@ def test_the_better_of_two_models_and_their_ensemble(
     results = prepared / "nnUNet_results" / "Dataset007_Merged"
     trainers = ["-tr", "nnUNetTrainerSelfDisambiguation", "nnUNetTrainerMosaic"]
     assert main(["find_best", "-d", "7", "-c", "2d", "3d_fullres", *trainers]) == 0
-    information = json.loads((results / "inference_information.json").read_text())
+    information = json.loads((results / "find_best.json").read_text())
     rows: dict[str, dict[str, Any]] = {row["model"]: row for row in information["models"]}
     good, bad = (f"{name}__nnUNetPlans__3d_fullres" for name in trainers[1:])
     assert set(rows) == {good, bad, f"{good} + {bad}"}
@@ -64,15 +85,16 @@ def test_the_better_of_two_models_and_their_ensemble(
         assert rows[name]["interval"][0] <= rows[name]["dice"] <= rows[name]["interval"][1]
     assert rows[good]["dice"] > rows[bad]["dice"]
     assert information["folds"] == ["1"]
-    instructions = (results / "inference_instructions.txt").read_text()
-    assert "-f 1" in instructions
-    assert f"-tr {information['best'].split('__')[0]}" in instructions
+    last = information["commands"][-1]
+    assert last.endswith("-o PREDICTIONS") or information["best"] in last
+    assert all(Path(c.split("-m ")[1].split()[0]).is_dir() for c in information["commands"][:1])
+    assert "-f 1" in information["commands"][0]
     ensembled = results / "ensembles" / f"{good}___{bad}" / "fold_1"
     assert len(list(ensembled.glob("*.nii.gz"))) == 2
     for path in (results / bad / "fold_1" / "validation").glob("*.npz"):
         path.unlink()
     assert main(["find_best", "-d", "7", "-c", "3d_fullres", *trainers]) == 0
-    information = json.loads((results / "inference_information.json").read_text())
+    information = json.loads((results / "find_best.json").read_text())
     assert [row["model"] for row in information["models"]] == [good, bad]
 
 

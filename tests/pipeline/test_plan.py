@@ -1,15 +1,18 @@
 """The plan commands: what they print, keep and measure."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nnmosaic.pipeline import plan_and_preprocess as module
 from nnmosaic.pipeline.cli import main
 from nnmosaic.planners.cpu_budget import Speed
+from nnmosaic.planners.ledger import Ledger, configuration_digest, ledger_path
 
 DATASET = "Dataset004_Balls"
 FOLDER = Path("nnUNet_preprocessed") / DATASET
@@ -44,7 +47,9 @@ def test_plan_prints_a_table_with_a_reason_for_every_decision(
 
 
 @pytest.mark.slow
-def test_a_plans_file_edited_by_hand_is_kept(prepared: Path) -> None:
+def test_a_plans_file_edited_by_hand_is_kept(
+    prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = prepared / FOLDER / "nnUNetPlans.json"
     plans = plans_in(prepared)
     plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 2.0, 2.0]
@@ -52,12 +57,18 @@ def test_a_plans_file_edited_by_hand_is_kept(prepared: Path) -> None:
     command = ["plan_and_preprocess", "-d", "4", "-c", "3d_fullres"]
     assert main([*command, "--keep_plans"]) == 0
     assert plans_in(prepared) == plans
-    from nnmosaic.planners.ledger import Ledger, configuration_digest, ledger_path
-
     ledger = Ledger(ledger_path(prepared / FOLDER / "nnUNetPlans_3d_fullres"))
     labels = json.loads((prepared / FOLDER / "dataset.json").read_text())["labels"]
     assert len(ledger.finished(configuration_digest(plans, "3d_fullres", labels))) == 5
     assert main([*command, "--keep_plans", "-overwrite_plans_name", "Other"]) == 2
+    shutil.copyfile(path, path.with_name("Copy.json"))  # but it calls itself nnUNetPlans
+    assert main([*command, "--keep_plans", "-overwrite_plans_name", "Copy"]) == 2
+    assert "Set it to 'Copy'" in capsys.readouterr().err
+    assert plans_in(prepared) == plans
+    raw = prepared / "nnUNet_raw" / DATASET / "dataset.json"
+    raw.write_text(json.dumps({**json.loads(raw.read_text()), "subjects": {"case00": "x"}}))
+    assert main([*command, "--keep_plans"]) == 0
+    assert json.loads((prepared / FOLDER / "dataset.json").read_text())["subjects"]
 
 
 @pytest.mark.slow
@@ -87,8 +98,58 @@ def test_minutes_are_measured_once_and_kept(
     assert main(command) == 0
     assert plans_in(prepared) == first
     assert len(measured) == 2
-    assert main([*command[:-2], "--cores", "1", "--minutes", "20"]) == 0
+    assert main([*command, "-c", "2d"]) == 2
+    assert "Give the plans of 2d another name" in capsys.readouterr().err
+    assert main([*command, "--minutes", "20"]) == 0
     assert len(measured) > 2
+    assert plans_in(prepared)["nnmosaic"]["budget"]["minutes"] == 20
+
+
+@pytest.mark.slow
+def test_trained_folds_keep_their_network(
+    prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = plans_in(prepared)
+    model = "nnUNetTrainerMosaic__nnUNetPlans__3d_fullres"
+    fold = prepared / "nnUNet_results" / DATASET / model / "fold_0"
+    fold.mkdir(parents=True)
+    (fold / "checkpoint_final.pth").write_bytes(b"")
+    assert main(["plan", "-d", "4"]) == 2  # a GPU's plan, where the one for a CPU was trained
+    message = capsys.readouterr().err
+    assert str(fold) in message
+    assert "--keep_plans" in message
+    assert plans_in(prepared) == before
+    assert main(["plan", "-d", "4", "--device", "cpu"]) == 0
+    assert main(["plan", "-d", "4", "-overwrite_plans_name", "Other"]) == 0
+    images = ["-i", str(prepared), "-o", str(prepared / "out"), "-tr", "nnUNetTrainerMosaic"]
+    assert main(["run", *CPU, "--minutes", "5", *images]) == 2
+    assert "was planned for no minutes" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_smaller_patch_preprocesses_what_depends_on_it(
+    workspace: Path,
+    make_dataset: Callable[..., Path],
+    save: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The spacing of 3d_lowres follows from the patch."""
+    folder = make_dataset(workspace / "nnUNet_raw" / DATASET, cases=1)
+    rng = np.random.default_rng(0)
+    save(folder / "imagesTr" / "case00_0000.nii.gz", rng.random((90, 120, 120), np.float32))
+    label = np.zeros((90, 120, 120), np.uint8)
+    label[30:50, 30:50, 30:50] = 1
+    label[60:70, 60:70, 60:70] = 2
+    save(folder / "labelsTr" / "case00.nii.gz", label)
+    monkeypatch.setattr(module, "measure_speed", lambda *_: Speed(1.0, 0.3, 0.01, 0.1, 0.1, 0.7))
+    command = ["plan_and_preprocess", "-d", "4", "-c", "3d_lowres", "--device", "cpu"]
+    assert main([*command, "--minutes", "2", "--folds", "1"]) == 0
+    plans = plans_in(workspace)
+    ledger = Ledger(ledger_path(workspace / FOLDER / "nnUNetPlans_3d_lowres"))
+    labels = json.loads((workspace / FOLDER / "dataset.json").read_text())["labels"]
+    assert list(ledger.finished(configuration_digest(plans, "3d_lowres", labels))) == ["case00"]
+    assert main([*command, "--minutes", "2", "--folds", "1"]) == 0
+    assert plans_in(workspace) == plans
 
 
 @pytest.mark.slow
