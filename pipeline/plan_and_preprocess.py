@@ -42,6 +42,7 @@ from nnmosaic.planners.preprocessing import (
 )
 from nnmosaic.planners.resources import MAX_WORKERS, default_workers, space_warning
 from nnmosaic.planners.worker_pool import call_one, start_server, worker_pool
+from nnmosaic.trainers import TRAINERS
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +254,7 @@ def _fingerprint(
 
 
 def _check_trainer(request: PlanRequest, pool: Executor) -> None:
-    if request.trainer is not None:
+    if request.trainer is not None and request.trainer not in TRAINERS:
         pool.submit(_look_up_trainer, request.trainer).result()
 
 
