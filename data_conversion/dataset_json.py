@@ -1,12 +1,13 @@
 """nnMosaic's keys of ``dataset.json``, validated when read.
 
 ``partial_labels`` says what each source of a merged dataset annotates
-(methods/self_disambiguation.md, 6.2); ``subjects`` maps cases to people. This is the only module
-that knows how the keys are written down. It does not read images.
+(methods/self_disambiguation.md, 6.2); ``subjects`` maps cases to people; ``full_labels`` names the
+integers of complete label maps that are kept aside for scoring. This is the only module that knows
+how the keys are written down. It does not read images.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,14 @@ class SourceLabels:
         Classes that the source annotates one by one, wherever they occur.
     merged : mapping of str to tuple of str
         Name of the label whose integer the files hold -> the classes whose union it means.
+    modality : str
+        Such as "CT" or "MR", for sampling by modality; may be empty.
     """
 
     source: str
     annotated: tuple[str, ...]
     merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    modality: str = ""
 
     def representatives(self, labels: Mapping[str, int]) -> tuple[int, ...]:
         """Return, for every class integer, the integer that this source stores for it.
@@ -117,6 +121,9 @@ class DatasetJson:
     raters : tuple of str
         Names of ``multirater`` (methods/multi_rater_personalization.md, 7.1); folders of that name
         hold their label maps.
+    full_labels : dict of str to int
+        As ``labels``, for the label maps in ``labelsTr_full``: the same unless declared. The next
+        integer stands for voxels that are unannotated even there.
     """
 
     channel_names: Mapping[str, str]
@@ -128,6 +135,7 @@ class DatasetJson:
     partial_labels: PartialLabels | None
     content: Mapping[str, Any]
     raters: tuple[str, ...] = ()
+    full_labels: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def foreground(self) -> tuple[str, ...]:
@@ -211,7 +219,36 @@ def parse_dataset_json(content: Any, *, where: str = "dataset.json") -> DatasetJ
         partial_labels=None if declared is None else _parse_partial(declared, labels, where),
         content=content,
         raters=_parse_raters(content.get("multirater"), where),
+        full_labels=_parse_full_labels(content.get("full_labels"), labels, where),
     )
+
+
+def relabelled_content(
+    original: DatasetJson, labels: Mapping[str, int], cases: Collection[str]
+) -> dict[str, Any]:
+    """Return the content of ``dataset.json`` for other label maps of some cases of a dataset.
+
+    The classes of the original are declared as ``full_labels``.
+
+    Parameters
+    ----------
+    labels : mapping of str to int
+        Of the new label maps, background and, if there is one, ignore included.
+    """
+    content: dict[str, Any] = {
+        "channel_names": dict(original.channel_names),
+        "labels": dict(labels),
+        "full_labels": dict(original.full_labels),
+        "numTraining": len(cases),
+        "file_ending": original.file_ending,
+    }
+    reader = original.content.get("overwrite_image_reader_writer")
+    if reader is not None:
+        content["overwrite_image_reader_writer"] = reader
+    subjects = {case: original.subjects[case] for case in cases if case in original.subjects}
+    if subjects:
+        content["subjects"] = subjects
+    return content
 
 
 def partial_labels_content(
@@ -229,13 +266,15 @@ def partial_labels_content(
     return {"sources": content, "unmatched": "error"}
 
 
-def _parse_labels(labels: Any, where: str) -> tuple[dict[str, int], int | None, bool]:
+def _parse_labels(
+    labels: Any, where: str, key: str = "labels"
+) -> tuple[dict[str, int], int | None, bool]:
     if not isinstance(labels, dict) or labels.get(BACKGROUND) != 0:
-        raise InputError(f'{where}: "labels" must map names to integers, with "background": 0.')
+        raise InputError(f'{where}: "{key}" must map names to integers, with "background": 0.')
     classes = {str(name): value for name, value in labels.items() if name != IGNORE}
     if len(classes) < 2:
         raise InputError(
-            f"{where}: labels name no class besides the background. Nothing can be learnt."
+            f"{where}: {key} name no class besides the background. Nothing can be learnt."
         )
     if any(isinstance(value, list) for value in classes.values()):
         return {}, labels.get(IGNORE), True
@@ -249,6 +288,18 @@ def _parse_labels(labels: Any, where: str) -> tuple[dict[str, int], int | None, 
     if IGNORE in labels and labels[IGNORE] != len(labels) - 1:
         raise InputError(f'{where}: "ignore" must be the highest label ({len(labels) - 1}).')
     return classes, labels.get(IGNORE), False
+
+
+def _parse_full_labels(declared: Any, labels: Mapping[str, int], where: str) -> Mapping[str, int]:
+    if declared is None:
+        return labels
+    classes, ignore_label, has_regions = _parse_labels(declared, where, "full_labels")
+    if has_regions or ignore_label is not None:
+        raise InputError(
+            f"{where}: full_labels must be exclusive classes with one integer each, without "
+            f'"ignore", got {declared}.'
+        )
+    return classes
 
 
 def _parse_subjects(subjects: Any, where: str) -> dict[str, str]:
@@ -345,7 +396,7 @@ def _parse_source(name: str, entry: Any, labels: Mapping[str, int], where: str) 
                 f"{where}: merged label {key!r} must be one of at least two members, got "
                 f"{list(members)}."
             )
-    return SourceLabels(name, annotated, merged)
+    return SourceLabels(name, annotated, merged, str(entry.get("modality", "")))
 
 
 def _refuse_unlearnable(partial: PartialLabels, labels: Mapping[str, int], where: str) -> None:

@@ -2,15 +2,13 @@
 
 The merged dataset declares in ``partial_labels`` what each source annotates, so that a class
 which a source did not annotate is never taken for background. Images are linked or copied, never
-altered.
+altered. Complete label maps that a source keeps aside for scoring are kept aside.
 """
 
 import logging
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,8 @@ from nnmosaic.data_conversion.dataset_json import (
     read_dataset_json,
 )
 from nnmosaic.data_conversion.errors import InputError
-from nnmosaic.data_conversion.raw_dataset import Case, training_cases
+from nnmosaic.data_conversion.new_dataset import building, link_images
+from nnmosaic.data_conversion.raw_dataset import FULL_LABELS_FOLDER, Case, training_cases
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +54,11 @@ class Source:
     def meaning(self, label: str) -> tuple[str, ...]:
         """Return the target classes that a label of this source stands for."""
         return self.renames.get(label, (label,))
+
+    def full_meaning(self, label: str) -> str | None:
+        """Return the target class of a label of the full references, None if it means several."""
+        meaning = self.meaning(label)
+        return meaning[0] if len(meaning) == 1 else None
 
     def labels(self) -> SourceLabels:
         """Return what this source annotates, in target classes."""
@@ -148,21 +152,12 @@ def merge_sources(sources: Sequence[Source], target: Path, *, copy_images: bool)
     InputError
         If a file of a source is broken or a class cannot be learnt; nothing is written then.
     """
-    if target.exists():
-        raise InputError(f"{target} exists already. Remove it, or choose another id or name.")
     content = _merged_content(sources)
     merged = parse_dataset_json(content, where=f"The merge of {', '.join(s.name for s in sources)}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        for folder in ("imagesTr", "labelsTr"):
-            (building / folder).mkdir(parents=True)
-        matrix = _write_cases(sources, merged, building, copy_images=copy_images)
-        write_json(matrix, building / MATRIX_FILE)
-        write_json(content, building / "dataset.json")
-        building.rename(target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    with building(target) as folder:
+        matrix = _write_cases(sources, merged, folder, copy_images=copy_images)
+        write_json(matrix, folder / MATRIX_FILE)
+        write_json(content, folder / "dataset.json")
     return matrix
 
 
@@ -202,7 +197,13 @@ def _read_source(folder: Path, name: str, renames: Mapping[str, tuple[str, ...]]
         )
     source = Source(folder, name, dataset, tuple(training_cases(folder, dataset)), dict(renames))
     classes = [c for label in dataset.foreground for c in source.meaning(label)]
-    reserved = sorted({c for c in classes if c in (BACKGROUND, IGNORE) or classes.count(c) > 1})
+    full = [c for c in map(source.full_meaning, dataset.full_labels) if c not in (None, BACKGROUND)]
+    reserved = sorted(
+        c
+        for names in (classes, full)
+        for c in names
+        if c in (BACKGROUND, IGNORE) or names.count(c) > 1
+    )
     if reserved:
         raise InputError(
             f"{folder.name}: after renaming, two labels mean {reserved[0]!r}. Name them apart."
@@ -253,7 +254,7 @@ def _merged_content(sources: Sequence[Source]) -> dict[str, Any]:
 
 
 def _write_cases(
-    sources: Sequence[Source], merged: DatasetJson, building: Path, *, copy_images: bool
+    sources: Sequence[Source], merged: DatasetJson, folder: Path, *, copy_images: bool
 ) -> dict[str, Any]:
     matrix: dict[str, Any] = {name: {} for name in merged.foreground}
     for source in sources:
@@ -264,9 +265,7 @@ def _write_cases(
             matrix[name][source.name] = {
                 "annotated": kind, "cases": len(source.cases), "present": 0, "voxels": 0
             }  # fmt: skip
-        write = partial(
-            _write_case, source, merged=merged, building=building, copy_images=copy_images
-        )
+        write = partial(_write_case, source, merged=merged, folder=folder, copy_images=copy_images)
         with ThreadPoolExecutor() as pool:
             for counts in pool.map(write, source.cases):
                 for name in merged.foreground:
@@ -278,34 +277,26 @@ def _write_cases(
 
 
 def _write_case(
-    source: Source, case: Case, *, merged: DatasetJson, building: Path, copy_images: bool
+    source: Source, case: Case, *, merged: DatasetJson, folder: Path, copy_images: bool
 ) -> dict[int, int]:
-    """Link a case's images, write its label map in target integers, and count its voxels."""
-    reader = reader_of(source.dataset)
-    image, properties = read_image(case, reader, num_channels=len(source.dataset.channel_names))
-    legal = source.dataset.legal_values(case.identifier)
-    label = read_label(case, reader, image=image, properties=properties, legal=legal)
-    target = source.target_name(case)
-    for channel, path in enumerate(case.images):
-        link = building / "imagesTr" / f"{target}_{channel:04d}{merged.file_ending}"
-        if copy_images:
-            shutil.copyfile(path, link)
-        else:
-            _link(link, path.resolve())
+    """Link a case's images, write its label maps in target integers, and count its voxels."""
+    dataset, target = source.dataset, source.target_name(case)
+    reader = reader_of(dataset)
+    image, properties = read_image(case, reader, num_channels=len(dataset.channel_names))
+    read = partial(read_label, reader=reader, image=image, properties=properties)
+    link_images(case, folder / "imagesTr", target, merged.file_ending, copy=copy_images)
+    label = read(case, legal=dataset.legal_values(case.identifier))
     mapped = _integers(source, merged)[label.astype(np.int64)]
-    output = building / "labelsTr" / f"{target}{merged.file_ending}"
-    reader.write_seg(mapped[0], str(output), properties)
+    name = f"{target}{merged.file_ending}"
+    reader.write_seg(mapped[0], str(folder / "labelsTr" / name), properties)
+    if case.full_label is not None:
+        full_integers = _full_integers(source, merged)
+        full = read(replace(case, label=case.full_label), legal=range(len(full_integers)))
+        (folder / FULL_LABELS_FOLDER).mkdir(exist_ok=True)
+        output = folder / FULL_LABELS_FOLDER / name
+        reader.write_seg(full_integers[full[0].astype(np.int64)], str(output), properties)
     values, counts = np.unique(mapped, return_counts=True)
     return {int(v): int(n) for v, n in zip(values, counts, strict=True) if v > 0}
-
-
-def _link(link: Path, target: Path) -> None:
-    try:
-        link.symlink_to(target)
-    except OSError as error:  # Windows without the privilege, or a file system without links
-        raise InputError(
-            f"{link.parent} cannot hold a link to {target} ({error.strerror}). Use --copy."
-        ) from None
 
 
 def _integers(source: Source, merged: DatasetJson) -> np.ndarray:
@@ -315,4 +306,15 @@ def _integers(source: Source, merged: DatasetJson) -> np.ndarray:
         table[source.dataset.labels[name]] = merged.labels[source.meaning(name)[0]]
     if source.dataset.ignore_label is not None and merged.ignore_label is not None:
         table[source.dataset.ignore_label] = merged.ignore_label
+    return table
+
+
+def _full_integers(source: Source, merged: DatasetJson) -> np.ndarray:
+    """Return the table full label -> merged integer; classes that the merge lacks become 0."""
+    full_labels = source.dataset.full_labels
+    table = np.zeros(len(full_labels) + (merged.ignore_label is not None), dtype=np.int64)
+    for name, value in full_labels.items():
+        table[value] = merged.labels.get(source.full_meaning(name) or BACKGROUND, 0)
+    if merged.ignore_label is not None:
+        table[len(full_labels)] = merged.ignore_label
     return table

@@ -15,6 +15,9 @@ COLOUR_ENDINGS = (".png", ".bmp", ".tif")
 RATERS_FOLDER = "labelsTr_raters"
 """Label maps of the raters: RATER/CASE; an absent file is an absent rater."""
 
+FULL_LABELS_FOLDER = "labelsTr_full"
+"""Complete label maps, kept aside for scoring: CASE, in the integers of ``full_labels``."""
+
 DATASET_NAME = re.compile(r"Dataset(\d{3})_[^/\\]+")
 
 
@@ -30,12 +33,15 @@ class Case:
         None: not asked for.
     raters : tuple of (str, Path)
         Rater and label file, for those who annotated the case.
+    full_label : Path or None
+        Complete label map, kept aside for scoring; None: there is none, or it was not asked for.
     """
 
     identifier: str
     images: tuple[Path, ...]
     label: Path | None
     raters: tuple[tuple[str, Path], ...] = ()
+    full_label: Path | None = None
 
 
 def dataset_name(identifier: int, name: str) -> str:
@@ -167,7 +173,14 @@ def training_cases(folder: Path, dataset: DatasetJson) -> list[Case]:
             raise InputError(next(iter(faults.values())))
         labels = folder / "labelsTr"
         cases = [replace(case, label=labels / f"{case.identifier}{ending}") for case in found]
-    cases = [replace(case, raters=_rater_files(folder, case.identifier, dataset)) for case in cases]
+    cases = [
+        replace(
+            case,
+            raters=_rater_files(folder, case.identifier, dataset),
+            full_label=_full_label(folder, case.identifier, dataset),
+        )
+        for case in cases
+    ]
     for path in (path for case in cases for path in case.images):
         if not path.is_file():
             gone = f" (a link to {path.readlink()})" if path.is_symlink() else ""
@@ -189,6 +202,11 @@ def _rater_files(
         for rater in dataset.raters
     }
     return tuple((rater, path) for rater, path in files.items() if path.is_file())
+
+
+def _full_label(folder: Path, identifier: str, dataset: DatasetJson) -> Path | None:
+    path = folder / FULL_LABELS_FOLDER / f"{identifier}{dataset.file_ending}"
+    return path if path.is_file() else None
 
 
 def _listed_case(folder: Path, name: str, entry: dict[str, object]) -> Case:

@@ -66,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
     for add in (
         _merge,
+        _hide_labels,
+        _sparsify,
         _doctor,
         _plan,
         _plan_and_preprocess,
@@ -137,6 +139,118 @@ def _do_merge(options: argparse.Namespace) -> None:
             renames=options.rename,
             copy_images=options.copy,
         )
+    )
+
+
+def _hide_labels(commands: Any) -> None:
+    parser = _command(
+        commands, "hide_labels", "a dataset with some classes and cases of another", _do_hide_labels
+    )
+    _conversion_arguments(parser)
+    parser.add_argument(
+        "--keep",
+        nargs="+",
+        default=[],
+        metavar="CLASS",
+        help="default: all classes, or with --join only the joined ones",
+    )
+    parser.add_argument(
+        "--join",
+        nargs="+",
+        default=[],
+        metavar="NEWNAME=A+B",
+        help="one label for the union of classes",
+    )
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--part", metavar="K/N", help="the K-th of N parts of the subjects")
+    chosen.add_argument("--cases", nargs="+", default=[], metavar="CASE", help="default: all")
+
+
+def _do_hide_labels(options: argparse.Namespace) -> None:
+    from nnmosaic.pipeline.convert import hide_labels
+
+    print(
+        hide_labels(
+            open_workspace(options.workspace),
+            options.d,
+            options.output_id,
+            options.n,
+            keep=options.keep,
+            joins=options.join,
+            part=options.part,
+            cases=options.cases,
+            copy_files=options.copy,
+        )
+    )
+
+
+def _sparsify(commands: Any) -> None:
+    parser = _command(
+        commands, "sparsify", "a dataset that is only annotated in places", _do_sparsify
+    )
+    _conversion_arguments(parser)
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--planes", type=_positive, metavar="K", help="every K-th plane")
+    kind.add_argument(
+        "--scribbles", action="store_true", help="a thin curve per class and plane, 2D"
+    )
+    kind.add_argument(
+        "--cubes", type=_positive, metavar="N", help="N cubes, half of them on foreground"
+    )
+    parser.add_argument(
+        "--axes",
+        nargs="+",
+        type=int,
+        choices=(0, 1, 2),
+        metavar="AXIS",
+        help="of --planes, as nnU-Net reads the array: 0 1 2 are z y x for NIfTI "
+        "(default: the one with the largest spacing)",
+    )
+    parser.add_argument(
+        "--size", type=_positive, metavar="VOXELS", help="side of --cubes, which need it"
+    )
+    parser.add_argument("--seed", type=_seed, metavar="N", help="of --cubes (default: 0)")
+
+
+def _do_sparsify(options: argparse.Namespace) -> None:
+    for flag, value, kind, wanted in (
+        ("--axes", options.axes, "--planes", options.planes),
+        ("--size", options.size, "--cubes", options.cubes),
+        ("--seed", options.seed, "--cubes", options.cubes),
+    ):
+        if value is not None and wanted is None:
+            raise InputError(f"{flag} says something about {kind} only. Leave it out.")
+    if options.cubes is not None and options.size is None:
+        raise InputError("--cubes needs the side of a cube in voxels, for example --size 16.")
+    from nnmosaic.data_conversion.sparsify import Cubes, Planes, Scribbles
+    from nnmosaic.pipeline.convert import sparsify
+
+    annotation: Planes | Scribbles | Cubes = Scribbles()
+    if options.planes is not None:
+        annotation = Planes(options.planes, tuple(options.axes or ()))
+    elif options.cubes is not None:
+        annotation = Cubes(options.cubes, options.size, options.seed or 0)
+    print(
+        sparsify(
+            open_workspace(options.workspace),
+            options.d,
+            options.output_id,
+            options.n,
+            annotation,
+            copy_files=options.copy,
+        )
+    )
+
+
+def _conversion_arguments(parser: argparse.ArgumentParser) -> None:
+    _workspace_argument(parser)
+    parser.add_argument("-d", required=True, metavar="ID", help="dataset id or name")
+    parser.add_argument(
+        "--output_id", type=_dataset_id, required=True, metavar="ID", help="id of the new dataset"
+    )
+    parser.add_argument("-n", required=True, metavar="NAME", help="name of the new dataset")
+    parser.add_argument(
+        "--copy", action="store_true", help="copy the files instead of linking to them"
     )
 
 
@@ -308,6 +422,14 @@ def _run_settings_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--initial_lr", type=_positive_float, metavar="LR")
     group.add_argument("--time_budget", type=_positive_float, metavar="MINUTES")
     group.add_argument("--seed", type=int, metavar="N")
+    group.add_argument(
+        "--set",
+        dest="options",
+        nargs="+",
+        type=_assignment,
+        metavar="NAME=VALUE",
+        help="options of the trainer; a wrong name lists them",
+    )
 
 
 def _run_settings(options: argparse.Namespace) -> Any:
@@ -315,9 +437,8 @@ def _run_settings(options: argparse.Namespace) -> Any:
 
     from nnmosaic.planners.plans_section import RunSettings
 
-    return RunSettings(
-        **{field.name: getattr(options, field.name) for field in fields(RunSettings)}
-    )
+    given = {field.name: getattr(options, field.name) for field in fields(RunSettings)}
+    return RunSettings(**{**given, "options": dict(options.options) if options.options else None})
 
 
 def _do_train(options: argparse.Namespace) -> None:
@@ -425,6 +546,12 @@ def _evaluate(commands: Any) -> None:
     parser.add_argument("gt_folder", type=Path, help="reference label maps")
     parser.add_argument("pred_folder", type=Path, help="predicted label maps")
     parser.add_argument("-djfile", type=Path, required=True, metavar="FILE", help="dataset.json")
+    parser.add_argument(
+        "--full",
+        type=Path,
+        metavar="FOLDER",
+        help="complete label maps (labelsTr_full), to score what a source did not annotate",
+    )
     parser.add_argument("-o", type=Path, metavar="FILE", help="default: pred_folder/summary.json")
     parser.add_argument(
         "--chill", action="store_true", help="allow references without a prediction"
@@ -439,6 +566,7 @@ def _do_evaluate(options: argparse.Namespace) -> None:
             options.gt_folder,
             options.pred_folder,
             options.djfile,
+            full_references=options.full,
             output=options.o,
             allow_missing=options.chill,
         )
@@ -545,6 +673,19 @@ def _fold(text: str) -> int | str:
     if text != "all" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"a fold is a number or 'all', got {text!r}")
     return text if text == "all" else int(text)
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return name, value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
+    return int(text)
 
 
 def _positive(text: str) -> int:

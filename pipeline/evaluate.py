@@ -1,11 +1,14 @@
-"""Scoring predictions against references, as a table and as nnU-Net's summary.json."""
+"""Scoring predictions against references: tables, nnU-Net's summary.json, and a figure."""
 
-import io
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from nnmosaic.data_conversion.atomic_write import read_json, write_json
-from nnmosaic.data_conversion.dataset_json import parse_dataset_json
+from nnmosaic.data_conversion.dataset_json import DatasetJson, parse_dataset_json
+from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.pipeline.text_table import as_text
 
 
 def evaluate(
@@ -13,47 +16,100 @@ def evaluate(
     predictions: Path,
     dataset_file: Path,
     *,
+    full_references: Path | None = None,
     output: Path | None = None,
     allow_missing: bool = False,
 ) -> str:
     """Score a folder, write the summary, and return a table of Dice per class and source.
 
+    With ``partial_labels`` a second table shows the classes where they were not annotated, and
+    a figure, ``validation.png``, appears beside the summary.
+
     Parameters
     ----------
     dataset_file : Path
         dataset.json of the references: says what was annotated in them.
+    full_references : Path, optional
+        Complete label maps, for what was not annotated.
     output : Path, optional
         Default: ``predictions / "summary.json"``.
 
     Raises
     ------
     InputError
-        See `nnmosaic.trainers.masked_evaluation.evaluate_folder`.
+        If the full references cannot be used, or as
+        `nnmosaic.trainers.masked_evaluation.evaluate_folder` does.
     """
     dataset = parse_dataset_json(read_json(dataset_file), where=str(dataset_file))
+    if full_references is not None:
+        _check_full(full_references, references, dataset, dataset_file)
     from nnmosaic.trainers.masked_evaluation import evaluate_folder
+    from nnmosaic.trainers.validation_figure import write_figure
 
-    summary = evaluate_folder(references, predictions, dataset, allow_missing=allow_missing)
-    write_json(summary, output or predictions / "summary.json")
-    return _table(summary)
+    summary = evaluate_folder(
+        references,
+        predictions,
+        dataset,
+        full_references=full_references,
+        allow_missing=allow_missing,
+    )
+    output = output or predictions / "summary.json"
+    write_json(summary, output)
+    if dataset.partial_labels is None:
+        return _table(summary)
+    write_figure(summary, output.parent, file_ending=dataset.file_ending)
+    warnings = [f"Warning: {warning}" for warning in summary["warnings"]]
+    tables = [_table(summary)]
+    if summary["not_annotated"]:
+        tables.append(_unannotated_table(summary))
+    return "\n".join([*tables, *warnings])
+
+
+def _check_full(full: Path, references: Path, dataset: DatasetJson, dataset_file: Path) -> None:
+    if dataset.partial_labels is None:
+        raise InputError(
+            f"{dataset_file} declares no partial_labels, so there is nothing that --full could "
+            "score besides. Leave it out, or give it as the references."
+        )
+    ending = dataset.file_ending
+    if not any((full / path.name).is_file() for path in references.glob(f"*{ending}")):
+        raise InputError(
+            f"{full} has no {ending} file in common with {references}. Give the folder of the "
+            "complete label maps, with the same names, or leave --full out."
+        )
 
 
 def _table(summary: dict[str, Any]) -> str:
-    from rich.console import Console
-    from rich.table import Table
+    from nnmosaic.trainers.masked_evaluation import names_of
 
     sources = list(summary["per_source"])
     table = Table("class", "Dice", "cases", *(sources if len(sources) > 1 else ()))
-    for key, mean in summary["mean"].items():
+    for key, name in names_of(summary).items():
         cells = [
             f"{summary['per_source'][source]['mean'][key]['Dice']:.3f}"
             if key in summary["per_source"][source]["mean"]
             else "-"
             for source in (sources if len(sources) > 1 else ())
         ]
-        name = summary["labels"].get(key, key)
-        table.add_row(name, f"{mean['Dice']:.3f}", str(summary["n_cases"][key]), *cells)
+        dice = f"{summary['mean'][key]['Dice']:.3f}"
+        table.add_row(name, dice, str(summary["n_cases"][key]), *cells)
     table.add_row("mean", f"{summary['foreground_mean']['Dice']:.3f}")
-    text = io.StringIO()
-    Console(file=text, width=100).print(table)
-    return text.getvalue().rstrip()
+    return as_text(table)
+
+
+def _unannotated_table(summary: dict[str, Any]) -> str:
+    from nnmosaic.trainers.validation_figure import volume_text
+
+    table = Table(
+        "class", "source", "cases", "predicted mL", "full references", "Dice", "recall",
+        "false positive mL", title="Where not annotated (mean per case)",
+    )  # fmt: skip
+    for source, row in summary["not_annotated"].items():
+        for key, score in row.items():
+            known: list[str] = []
+            if "full_cases" in score:
+                known = [str(score["full_cases"]), f"{score['Dice']:.3f}", f"{score['recall']:.3f}"]
+                known.append(volume_text(score["false_positive_ml"]))
+            cases, volume = str(score["cases"]), volume_text(score["predicted_ml"])
+            table.add_row(summary["labels"][key], source, cases, volume, *known)
+    return as_text(table)

@@ -4,7 +4,6 @@ nnU-Net's choice, with classes counted only where they were annotated, on the fo
 finished, and with the uncertainty that so many subjects leave.
 """
 
-import io
 import logging
 import shlex
 import shutil
@@ -15,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from nnmosaic.data_conversion.atomic_write import read_json, write_json
 from nnmosaic.data_conversion.dataset_json import DatasetJson, read_dataset_json
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.pipeline.ensemble import average_cases, cases_with_probabilities
+from nnmosaic.pipeline.text_table import as_text
 from nnmosaic.pipeline.train import is_finished, model_folder
 from nnmosaic.pipeline.workspace import Workspace
 
@@ -285,9 +286,6 @@ def _report(
     folds: Sequence[str],
     cases: int,
 ) -> str:
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table("model", "Dice", "95 % interval", "against the best", title=f"{cases} cases")
     for row in rows:
         low, high = row["interval"]
@@ -300,6 +298,4 @@ def _report(
             f"{low:.3f} to {high:.3f}",
             "best" if is_best else difference,
         )
-    text = io.StringIO()
-    Console(file=text, width=150).print(table)
-    return f"Folds {', '.join(folds)}\n{text.getvalue()}" + "\n".join(commands)
+    return "\n".join([f"Folds {', '.join(folds)}", as_text(table), *commands])

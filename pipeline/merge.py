@@ -1,6 +1,5 @@
 """The merge command: from dataset ids to a merged raw dataset and a printed matrix."""
 
-import io
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +11,8 @@ from nnmosaic.data_conversion.merge import (
     parse_renames,
     read_sources,
 )
-from nnmosaic.data_conversion.raw_dataset import dataset_name
+from nnmosaic.data_conversion.new_dataset import new_dataset_folder
+from nnmosaic.pipeline.text_table import as_text
 from nnmosaic.pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -41,12 +41,7 @@ def merge(
     InputError
         If the id is taken, a source is listed twice or broken, or a class cannot be learnt.
     """
-    target = workspace.raw / dataset_name(identifier, name)
-    taken = [p.name for p in workspace.raw.glob(f"Dataset{identifier:03d}_*")]
-    if taken:
-        raise InputError(
-            f"The id {identifier} is taken by {taken[0]} in {workspace.raw}. Choose another."
-        )
+    target = new_dataset_folder(workspace.raw, identifier, name)
     folders = {source: workspace.raw_dataset(source) for source in sources}
     if len({*folders.values()}) < len(sources):
         raise InputError(f"--sources lists a dataset twice: {', '.join(sources)}.")
@@ -59,7 +54,6 @@ def merge(
 
 
 def _table(matrix: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("class", title="cases that show it / cases, voxels (- : not annotated)")
@@ -67,9 +61,7 @@ def _table(matrix: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         table.add_column(source, justify="right")
     for name, row in matrix.items():
         table.add_row(name, *(_cell(cell) for cell in row.values()))
-    output = io.StringIO()
-    Console(file=output, width=40 + 30 * len(table.columns)).print(table)
-    return "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())
+    return as_text(table)
 
 
 def _cell(cell: Mapping[str, Any]) -> str:

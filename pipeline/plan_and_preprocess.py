@@ -36,6 +36,7 @@ from nnmosaic.planners.plans_section import (
     write_section,
 )
 from nnmosaic.planners.preprocessing import (
+    FULL_REFERENCES_FOLDER,
     copy_references,
     finished_cases,
     preprocess_configuration,
@@ -367,7 +368,16 @@ def _preprocess(
             preprocess_configuration(
                 cases, dataset, plans_file, name, pool, contents=contents, on_case=advance
             )
-    copy_references(cases, folder / "gt_segmentations", dataset.file_ending)
+    copy_references(
+        {case.identifier: case.label for case in cases if case.label is not None},
+        folder / "gt_segmentations",
+        dataset.file_ending,
+    )
+    copy_references(
+        {case.identifier: case.full_label for case in cases if case.full_label is not None},
+        folder / FULL_REFERENCES_FOLDER,
+        dataset.file_ending,
+    )
 
 
 # -------------------------------------------------------------------- minutes on a CPU

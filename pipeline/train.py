@@ -112,9 +112,11 @@ def _check_request(trainer: str, settings: RunSettings, device: str | None, num_
     from nnmosaic.pipeline.device import choose_device
     from nnmosaic.trainers.base import nnUNetTrainerMosaic
     from nnmosaic.trainers.lookup import trainer_class
+    from nnmosaic.trainers.options import parse_options
 
     if not issubclass(trainer_class(trainer), nnUNetTrainerMosaic) and settings.given():
         raise InputError(f"{trainer} is not nnMosaic's: it takes none of {settings.given()}.")
+    parse_options(trainer_class(trainer), settings.options or {})
     if num_gpus > 1 and (settings.time_budget or device not in (None, "cuda")):
         raise InputError("--num_gpus above 1 works with --device cuda and without --time_budget.")
     return choose_device("cuda" if num_gpus > 1 else device)

@@ -35,6 +35,8 @@ class RunSettings:
         Minutes of training after which the schedule has reached its end, summed over resumed runs.
     seed : int, optional
         Seeds weights and sampling. Repeats a run exactly only with ``nnUNet_n_proc_DA=0``.
+    options : mapping, optional
+        Name -> value, as text, of options of the trainer; see `nnmosaic.trainers.options`.
     """
 
     epochs: int | None = None
@@ -45,6 +47,7 @@ class RunSettings:
     initial_lr: float | None = None
     time_budget: float | None = None
     seed: int | None = None
+    options: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -60,17 +63,24 @@ class RunSettings:
 
     def refuse_other(self, stored: "RunSettings", where: str) -> None:
         """Raise `InputError` if one of these settings differs from those of a trained model."""
-        for name, value in self.given().items():
-            before = getattr(stored, name)
+        known = stored._flags()
+        for name, value in self._flags().items():
+            before = known.get(name)
             if before != value:
                 raise InputError(
                     f"{where} was trained with --{name} {before}, not {value}. Leave the flag out "
                     "to go on as before, or move the folder away to train anew."
                 )
 
+    def _flags(self) -> dict[str, Any]:
+        settings = self.given()
+        options = settings.pop("options", {})
+        return {**settings, **{f"set {name}": value for name, value in options.items()}}
+
     def over(self, other: "RunSettings") -> "RunSettings":
-        """Return these settings, filled up from ``other``."""
-        return replace(other, **self.given())
+        """Return these settings, filled up from ``other``; each option counts by itself."""
+        merged = {**(other.options or {}), **(self.options or {})}
+        return replace(other, **{**self.given(), "options": merged or None})
 
 
 NNUNET_RUN = RunSettings(epochs=1000, iterations_per_epoch=250, val_iterations_per_epoch=50)

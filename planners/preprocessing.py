@@ -24,6 +24,9 @@ from nnmosaic.planners.worker_pool import call, run_cases
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 """Files of one preprocessed case."""
 
+FULL_REFERENCES_FOLDER = "gt_full_segmentations"
+"""Complete label maps beside ``gt_segmentations``, as the raw dataset's ``labelsTr_full``."""
+
 
 def case_file(scratch: str | Path, process: int) -> Path:
     """Return the file in which a worker process notes the case it is working on."""
@@ -108,16 +111,21 @@ def finished_cases(
     }
 
 
-def copy_references(cases: Sequence[Case], folder: Path, file_ending: str) -> None:
-    """Copy new or changed label files to ``folder`` (``gt_segmentations``), for validation."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for case in cases:
-        target = folder / f"{case.identifier}{file_ending}"
-        if case.label is None:
-            continue
-        if not target.is_file() or target.stat().st_mtime_ns != case.label.stat().st_mtime_ns:
+def copy_references(labels: Mapping[str, Path], folder: Path, file_ending: str) -> None:
+    """Copy new or changed label files to ``folder``, for validation.
+
+    Parameters
+    ----------
+    labels : mapping of str to Path
+        Case -> label file.
+    """
+    if labels:
+        folder.mkdir(parents=True, exist_ok=True)
+    for case, label in labels.items():
+        target = folder / f"{case}{file_ending}"
+        if not target.is_file() or target.stat().st_mtime_ns != label.stat().st_mtime_ns:
             with replacing(target) as temporary:
-                shutil.copy2(case.label, temporary)
+                shutil.copy2(label, temporary)
 
 
 def _remove_all_but(folder: Path, finished: Mapping[str, str]) -> None:

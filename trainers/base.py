@@ -22,9 +22,12 @@ from torch._dynamo import OptimizedModule
 from nnmosaic.data_conversion.atomic_write import replacing, write_json
 from nnmosaic.data_conversion.dataset_json import DatasetJson, parse_dataset_json
 from nnmosaic.planners.plans_section import RunSettings, read_section
+from nnmosaic.planners.preprocessing import FULL_REFERENCES_FOLDER
 from nnmosaic.planners.splits import ensure_splits
 from nnmosaic.trainers.checkpoint import EXTRA, read_checkpoint
 from nnmosaic.trainers.masked_evaluation import evaluate_folder
+from nnmosaic.trainers.options import parse_options
+from nnmosaic.trainers.validation_figure import write_figure
 
 GRADIENT_NORM_LIMIT = 12
 """nnU-Net's."""
@@ -109,6 +112,8 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
     def initialize(self) -> None:
         """Apply the run settings, then initialise as nnU-Net does."""
         settings = self.run_settings
+        for name, value in parse_options(type(self), settings.options or {}).items():
+            setattr(self, name, value)
         self.num_epochs = settings.epochs or self.num_epochs
         self.num_iterations_per_epoch = (
             settings.iterations_per_epoch or self.num_iterations_per_epoch
@@ -206,6 +211,7 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
             for term in terms.values():
                 loss = loss + term
         self._optimise(loss)
+        self.after_step()
         values = {name: term.detach().cpu().numpy() for name, term in terms.items()}
         return {"loss": loss.detach().cpu().numpy(), **values}
 
@@ -233,6 +239,16 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
             "data" and "target" are on the device.
         """
         return {}
+
+    def after_step(self) -> None:
+        """Do what follows the optimiser's step: the hook for moving averages."""
+
+    def method_state(self) -> dict[str, Any]:
+        """Return what a method adds to a checkpoint; stock nnU-Net ignores it."""
+        return {}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Restore what `method_state` returned."""
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Log the auxiliary terms beside nnU-Net's loss."""
@@ -343,6 +359,7 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
             EXTRA: {
                 "run_settings": self.run_settings.given(),
                 "seconds_trained": self._seconds_trained(),
+                **self.method_state(),
             },
         }
         with replacing(Path(filename)) as temporary:
@@ -365,6 +382,7 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         self._seconds_before = float(extra.get("seconds_trained", 0.0))
         # Safe: read_checkpoint has just accepted the same file without running any of it.
         super().load_checkpoint(filename_or_checkpoint)
+        self.load_method_state(extra)
 
     def _adopt(self, stored: RunSettings, filename: str) -> None:
         requested = getattr(self, "_requested_settings", RunSettings())
@@ -406,13 +424,23 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         super().perform_actual_validation(save_probabilities)
         if self.local_rank != 0 or self.dataset.partial_labels is None:
             return
-        references = Path(self.preprocessed_dataset_folder_base) / "gt_segmentations"
-        summary = evaluate_folder(references, folder, self.dataset, allow_missing=True)
+        base = Path(self.preprocessed_dataset_folder_base)
+        full = base / FULL_REFERENCES_FOLDER
+        summary = evaluate_folder(
+            base / "gt_segmentations",
+            folder,
+            self.dataset,
+            full_references=full if full.is_dir() else None,
+            allow_missing=True,
+        )
         (folder / "summary.json").replace(folder / "summary_raw.json")
         write_json(summary, folder / "summary.json")
+        write_figure(summary, folder, file_ending=self.dataset.file_ending)
         self.print_to_log_file("Where annotated:", also_print_to_console=True)
         for label, name in summary["labels"].items():
             self.print_to_log_file(
                 f"  {name}: Dice {summary['mean'][label]['Dice']:.4f} in "
                 f"{summary['n_cases'][label]} cases"
             )
+        for warning in summary["warnings"]:
+            self.print_to_log_file(f"Warning: {warning}", also_print_to_console=True)

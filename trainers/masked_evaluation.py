@@ -1,25 +1,40 @@
-"""Dice per class and source, counting a class only where it was annotated (spec 6.4)."""
+"""Dice per class and source, counting a class only where it was annotated (spec 6.4).
+
+Where a source does not annotate a class, only the predicted volume is known, or what a complete
+label map, kept aside for scoring, says of the prediction.
+"""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from nnmosaic.data_conversion.case_check import reader_of
+from nnmosaic.data_conversion.case_check import read_label, reader_of
 from nnmosaic.data_conversion.dataset_json import BACKGROUND, IGNORE, DatasetJson
 from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.data_conversion.raw_dataset import Case
 
 METRICS = ("Dice", "IoU", "FP", "TP", "FN", "TN", "n_pred", "n_ref")
 """nnU-Net's, in voxels where they are counts."""
 
+FULL_METRICS = ("Dice", "recall", "false_positive_ml")
+"""Of a class that the source does not annotate, where a full reference shows it."""
+
 
 def evaluate_folder(
-    references: Path, predictions: Path, dataset: DatasetJson, *, allow_missing: bool = False
+    references: Path,
+    predictions: Path,
+    dataset: DatasetJson,
+    *,
+    full_references: Path | None = None,
+    allow_missing: bool = False,
 ) -> dict[str, Any]:
     """Score every prediction that has a reference.
 
@@ -27,6 +42,9 @@ def evaluate_folder(
     ----------
     references, predictions : Path
         Folders of label maps with equal names.
+    full_references : Path, optional
+        Folder of complete label maps, in the integers of ``full_labels`` in dataset.json. They may
+        exist for some cases only, and score what the source of the case does not annotate.
     allow_missing : bool
         Accept references without a prediction.
 
@@ -37,10 +55,17 @@ def evaluate_folder(
         and "per_source". Metrics of a class that the source of a case does not annotate are NaN. A
         merged label is scored as the union of its members, under a key such as "(1, 2)".
 
+        With ``partial_labels`` also "warnings" (list of str), and "not_annotated": source -> class
+        that it does not annotate as such -> "cases" and the mean "predicted_ml" per case. A class
+        that the full references of the source show adds "full_cases" and the means of
+        `FULL_METRICS`. Volumes rest on the spacing of the reference (2D: as nnU-Net's reader gives
+        it, with a thickness of 999 mm for PNG).
+
     Raises
     ------
     InputError
-        If a folder holds nothing to score, or a prediction is missing.
+        If a folder holds nothing to score, a prediction is missing, or a full reference does not
+        lie on its reference.
     """
     ending = dataset.file_ending
     predicted = sorted(p.name for p in predictions.glob(f"*{ending}"))
@@ -54,11 +79,13 @@ def evaluate_folder(
     names = [name for name in predicted if name in present]
     if not names:
         raise InputError(f"{predictions} and {references} have no {ending} file in common.")
+
+    def score(name: str) -> dict[str, Any]:
+        full = full_references / name if full_references is not None else None
+        return _score(references / name, predictions / name, full, dataset)
+
     with ThreadPoolExecutor() as pool:
-        cases = list(
-            pool.map(lambda name: _score(references / name, predictions / name, dataset), names)
-        )
-    return summarise(cases, dataset)
+        return summarise(list(pool.map(score, names)), dataset)
 
 
 def summarise(cases: Sequence[Mapping[str, Any]], dataset: DatasetJson) -> dict[str, Any]:
@@ -84,11 +111,25 @@ def summarise(cases: Sequence[Mapping[str, Any]], dataset: DatasetJson) -> dict[
             "mean": _means(own, annotated),
             "n_cases": {key: _count(own, key) for key in annotated},
         }
+    if dataset.partial_labels is not None:
+        summary["not_annotated"] = _not_annotated(cases)
+        summary["warnings"] = _warnings(cases, names)
     recursive_fix_for_json_export(summary)
     return summary
 
 
-def _score(reference: Path, prediction: Path, dataset: DatasetJson) -> dict[str, Any]:
+def names_of(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return key -> name of all classes, and of merged labels in words ("liver + tumour")."""
+    labels = summary["labels"]
+    return {
+        key: labels.get(key, " + ".join(labels.get(k, k) for k in key.strip("()").split(", ")))
+        for key in summary["mean"]
+    }
+
+
+def _score(
+    reference: Path, prediction: Path, full: Path | None, dataset: DatasetJson
+) -> dict[str, Any]:
     case = reference.name[: -len(dataset.file_ending)]
     source = dataset.source_of(case)
     keys: list[int | tuple[int, ...]] = [dataset.labels[name] for name in source.annotated]
@@ -96,20 +137,122 @@ def _score(reference: Path, prediction: Path, dataset: DatasetJson) -> dict[str,
         tuple(sorted(dataset.labels[m] for m in members)) for members in source.merged.values()
     ]
     keys = keys or list(_regions(dataset).values())
-    scores = compute_metrics(
-        str(reference), str(prediction), reader_of(dataset), keys, dataset.ignore_label
-    )
+    files = SimpleNamespace(read_seg=cache(reader_of(dataset).read_seg))  # reads each file once
+    scores = compute_metrics(str(reference), str(prediction), files, keys, dataset.ignore_label)
     metrics = {
         str(dataset.labels[name]): dict.fromkeys(METRICS, float("nan"))
         for name in dataset.foreground
     }
     metrics.update({str(key): values for key, values in scores["metrics"].items()})
-    return {
+    scored = {
         "reference_file": str(reference),
         "prediction_file": str(prediction),
         "source": source.source,
         "metrics": metrics,
     }
+    if dataset.partial_labels is not None:
+        references = Case(case, (reference,), full if full is not None and full.is_file() else None)
+        scored["not_annotated"] = _score_unannotated(references, prediction, files, dataset)
+    return scored
+
+
+def _score_unannotated(
+    references: Case, prediction: Path, files: Any, dataset: DatasetJson
+) -> dict[str, dict[str, float]]:
+    """Return what is known of the classes that the source does not annotate.
+
+    Parameters
+    ----------
+    references : Case
+        The reference in place of the image, and the full reference, if there is one, as label.
+    files
+        Has nnU-Net's ``read_seg``.
+    """
+    annotated = dataset.source_of(references.identifier).annotated
+    names = [name for name in dataset.foreground if name not in annotated]
+    if not names:
+        return {}
+    reference, properties = files.read_seg(str(references.images[0]))
+    predicted = files.read_seg(str(prediction))[0]
+    ml_per_voxel = float(np.prod(properties["spacing"])) / 1000
+    full, counted = None, predicted
+    if references.label is not None:
+        reader = reader_of(dataset)
+        full = read_label(references, reader, image=reference, properties=properties, legal=None)
+        known = np.isin(full, list(dataset.full_labels.values()))
+        counted = np.where(known, predicted, 0)  # the others are unannotated even there
+    scores: dict[str, dict[str, float]] = {}
+    for name in names:
+        label = dataset.labels[name]
+        score = {"predicted_ml": (predicted == label).sum() * ml_per_voxel}
+        if full is not None and name in dataset.full_labels:
+            present = full == dataset.full_labels[name]
+            score |= _against(present, counted == label, ml_per_voxel)
+        scores[str(label)] = score
+    return scores
+
+
+def _against(present: np.ndarray, found: np.ndarray, ml_per_voxel: float) -> dict[str, float]:
+    """Return `FULL_METRICS` of boolean arrays of equal shape; NaN where undefined."""
+    both, n_present, n_found = (present & found).sum(), present.sum(), found.sum()
+    return {
+        "Dice": 2 * both / (n_present + n_found) if n_present + n_found else np.nan,
+        "recall": both / n_present if n_present else np.nan,
+        "false_positive_ml": (n_found - both) * ml_per_voxel,
+    }
+
+
+def _not_annotated(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = {}
+    for case in cases:
+        for key, score in case["not_annotated"].items():
+            table.setdefault(case["source"], {}).setdefault(key, []).append(score)
+    return {
+        source: {key: _mean_unannotated(scores) for key, scores in row.items()}
+        for source, row in table.items()
+    }
+
+
+def _mean_unannotated(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Return the means over the cases of a source.
+
+    A class that none of its full references shows may not be annotated in them either, so there
+    they say nothing.
+    """
+    mean = {"cases": len(scores), "predicted_ml": _nanmean([s["predicted_ml"] for s in scores])}
+    full = [score for score in scores if "recall" in score]
+    if any(np.isfinite(score["recall"]) for score in full):
+        mean["full_cases"] = len(full)
+        mean |= {metric: _nanmean([score[metric] for score in full]) for metric in FULL_METRICS}
+    return mean
+
+
+def _warnings(cases: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
+    """Return what the scores cannot show, or hint at a class that was not learnt (spec 6.5)."""
+    found = [
+        f"Class {name!r} occurs in no reference that annotates it (scored: "
+        f"{_count(cases, key)}), so its Dice says nothing. Score cases that show it."
+        for key, name in names.items()
+        if not any(voxels > 0 for voxels in _values(cases, key, "n_ref"))
+    ]
+    for key, name in names.items():
+        predicted = [case["source"] for case in cases if _is_predicted(case, key)]
+        unannotated = [case["source"] for case in cases if key in case["not_annotated"]]
+        found += [
+            f"Class {name!r} is predicted in 0 of {unannotated.count(source)} cases of source "
+            f"{source!r}, which does not annotate it, but in {len(predicted)} others. If "
+            "these cases show it, the network may have learnt the source instead of the class: "
+            f"check them, and annotate the class in a few cases of {source!r}."
+            for source in dict.fromkeys(unannotated)
+            if predicted and source not in predicted
+        ]
+    return found
+
+
+def _is_predicted(case: Mapping[str, Any], key: str) -> bool:
+    if key in case["not_annotated"]:
+        return bool(case["not_annotated"][key]["predicted_ml"] > 0)
+    return bool(case["metrics"][key]["n_pred"] > 0)
 
 
 def _regions(dataset: DatasetJson) -> dict[str, int | tuple[int, ...]]:

@@ -138,3 +138,26 @@ def test_broken_json_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text(json.dumps([1]))
     with pytest.raises(InputError, match="must hold a JSON object, got list"):
         read_dataset_json(tmp_path)
+
+
+def test_full_labels_are_the_labels_unless_declared() -> None:
+    with_ignore = {**content(), "labels": {"background": 0, "liver": 1, "ignore": 2}}
+    assert parse_dataset_json(with_ignore).full_labels == {"background": 0, "liver": 1}
+    declared = parse_dataset_json({**with_ignore, "full_labels": LABELS})
+    assert declared.full_labels == LABELS
+    assert declared.labels == {"background": 0, "liver": 1}
+
+
+@pytest.mark.parametrize(
+    ("full_labels", "message"),
+    [
+        ([], r'd\.json: "full_labels" must map names'),
+        ({"background": 0}, "full_labels name no class"),
+        ({"background": 0, "a": 2}, "without gaps"),
+        ({"background": 0, "a": 1, "ignore": 2}, 'one integer each, without "ignore"'),
+        ({"background": 0, "a": [1, 2]}, "full_labels must be exclusive classes"),
+    ],
+)
+def test_impossible_full_labels_are_refused(full_labels: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_dataset_json({**content(), "full_labels": full_labels}, where="d.json")

@@ -8,6 +8,7 @@ import SimpleITK
 
 from nnmosaic.data_conversion.dataset_json import read_dataset_json
 from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.data_conversion.hide_labels import hide_labels
 from nnmosaic.data_conversion.merge import (
     MATRIX_FILE,
     matrix_warnings,
@@ -15,6 +16,7 @@ from nnmosaic.data_conversion.merge import (
     parse_renames,
     read_sources,
 )
+from nnmosaic.data_conversion.sparsify import Planes, sparsify
 
 MakeDataset = Callable[..., Path]
 
@@ -171,3 +173,99 @@ def test_an_ignore_label_of_a_source_becomes_that_of_the_merge(
     assert dataset.ignore_label == 3
     merged = array(target / "labelsTr" / "B_case00.nii.gz")
     assert (np.unique(merged[0]).tolist(), np.unique(merged[1]).tolist()) == ([2], [3])
+
+
+@pytest.fixture
+def full(tmp_path: Path, make_dataset: MakeDataset) -> Path:
+    return make_dataset(tmp_path / "Dataset010_Full", cases=2)
+
+
+def test_full_references_are_carried_in_merged_integers(full: Path, tmp_path: Path) -> None:
+    dark, bright = tmp_path / "Dataset011_Dark", tmp_path / "Dataset012_Bright"
+    hide_labels(full, dark, keep=["dark"], part=(1, 2))
+    hide_labels(full, bright, keep=["bright"], part=(2, 2))
+    target = tmp_path / "Dataset501_M"
+    sources = read_sources({"11": dark, "12": bright}, parse_renames(["11:dark=black"]))
+    merge_sources(sources, target, copy_images=False)
+    dataset = read_dataset_json(target)
+    assert dataset.labels == dataset.full_labels == {"background": 0, "black": 1, "bright": 2}
+    for case, name, own in (("case00", "Dark_case00", 1), ("case01", "Bright_case01", 2)):
+        complete = array(full / "labelsTr" / f"{case}.nii.gz")
+        # Only the first source says that its "dark" is black.
+        expected = np.array([0, 2, 1 if own == 1 else 0])[complete]
+        assert np.array_equal(array(target / "labelsTr_full" / f"{name}.nii.gz"), expected)
+        label = array(target / "labelsTr" / f"{name}.nii.gz")
+        assert np.array_equal(label, np.where(expected == own, own, 0))
+
+
+def test_full_references_split_a_joined_label(full: Path, tmp_path: Path) -> None:
+    joined = tmp_path / "Dataset011_Joined"
+    hide_labels(full, joined, joins={"ball": ("bright", "dark")}, part=(1, 2))
+    both = read_sources({"10": full, "11": joined}, parse_renames(["11:ball=bright+dark"]))
+    merge_sources(both, tmp_path / "Dataset501_M", copy_images=False)
+    references = tmp_path / "Dataset501_M" / "labelsTr_full"
+    assert [path.name for path in references.iterdir()] == ["Joined_case00.nii.gz"]
+    complete = array(full / "labelsTr" / "case00.nii.gz")
+    assert np.array_equal(array(references / "Joined_case00.nii.gz"), complete)
+
+
+def test_a_full_class_that_means_several_is_never_guessed(full: Path, tmp_path: Path) -> None:
+    coarse, fine = tmp_path / "Dataset011_Coarse", tmp_path / "Dataset012_Fine"
+    hide_labels(full, coarse, keep=["bright"], part=(1, 2))
+    hide_labels(full, fine, part=(2, 2))
+    renames = parse_renames(["11:bright=left+right", "12:bright=left", "12:dark=right"])
+    target = tmp_path / "Dataset501_M"
+    merge_sources(read_sources({"11": coarse, "12": fine}, renames), target, copy_images=False)
+    assert array(target / "labelsTr" / "Coarse_case00.nii.gz").any()
+    assert not array(target / "labelsTr_full" / "Coarse_case00.nii.gz").any()
+
+
+def test_a_rename_to_another_class_of_the_full_references_is_refused(
+    full: Path, tmp_path: Path
+) -> None:
+    hide_labels(full, tmp_path / "Dataset011_Dark", keep=["dark"])
+    with pytest.raises(InputError, match="two labels mean 'bright'"):
+        read_sources({"11": tmp_path / "Dataset011_Dark"}, parse_renames(["11:dark=bright"]))
+
+
+def test_a_sparse_source_merges_with_a_dense_one(full: Path, tmp_path: Path) -> None:
+    sparse, dense = tmp_path / "Dataset011_Sparse", tmp_path / "Dataset012_Dense"
+    sparsify(full, sparse, Planes(5))
+    hide_labels(full, dense, keep=["dark"], cases=["case01"])
+    target = tmp_path / "Dataset501_M"
+    merge_sources(read_sources({"11": sparse, "12": dense}, {}), target, copy_images=False)
+    dataset = read_dataset_json(target)
+    assert (dict(dataset.labels), dataset.ignore_label) == (
+        {"background": 0, "bright": 1, "dark": 2}, 3
+    )  # fmt: skip
+    complete = array(full / "labelsTr" / "case01.nii.gz")
+    label = array(target / "labelsTr" / "Sparse_case01.nii.gz")
+    assert np.array_equal(label[:, 5], complete[:, 5])
+    assert (label[:, 6] == 3).all()
+    assert set(np.unique(array(target / "labelsTr" / "Dense_case01.nii.gz"))) == {0, 2}
+    for name in ("Sparse_case01", "Dense_case01"):
+        assert np.array_equal(array(target / "labelsTr_full" / f"{name}.nii.gz"), complete)
+
+
+def test_voxels_that_are_unannotated_even_in_the_full_references_stay_so(
+    full: Path, tmp_path: Path
+) -> None:
+    content = json.loads((full / "dataset.json").read_text())
+    content["labels"] = {"background": 0, "bright": 1, "ignore": 2}
+    (full / "dataset.json").write_text(json.dumps(content))
+    hide_labels(full, tmp_path / "Dataset011_A")
+    other = tmp_path / "Dataset012_B"
+    hide_labels(full, other)
+    rename = parse_renames(["12:bright=light"])
+    sources = read_sources({"11": tmp_path / "Dataset011_A", "12": other}, rename)
+    merge_sources(sources, tmp_path / "Dataset501_M", copy_images=False)
+    complete = array(full / "labelsTr" / "case00.nii.gz")
+    reference = array(tmp_path / "Dataset501_M" / "labelsTr_full" / "B_case00.nii.gz")
+    assert np.array_equal(reference, np.array([0, 2, 3])[complete])
+
+
+def test_sources_without_full_references_give_none(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    merge_sources(read_sources(sources, {}), tmp_path / "Dataset501_M", copy_images=False)
+    assert not (tmp_path / "Dataset501_M" / "labelsTr_full").exists()

@@ -13,10 +13,12 @@ from filelock import FileLock
 from nnunetv2.experiment_planning import plan_and_preprocess_api as stock
 
 from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.data_conversion.raw_dataset import FULL_LABELS_FOLDER
 from nnmosaic.pipeline.plan_and_preprocess import PlanRequest, plan_and_preprocess
 from nnmosaic.pipeline.workspace import Workspace, open_workspace
 from nnmosaic.planners.ledger import Ledger, ledger_path
 from nnmosaic.planners.plans_section import RunSettings, read_section
+from nnmosaic.planners.preprocessing import FULL_REFERENCES_FOLDER, copy_references
 
 NAME, IDENTIFIER = "Dataset004_Ball", "nnUNetPlans_3d_fullres"
 
@@ -86,7 +88,12 @@ def test_only_what_changed_is_done_again(here: Workspace, save: Callable[..., No
     images = here.raw / NAME / "imagesTr"
     os.utime(images / "case00_0000.nii.gz", (1, 1))  # touched, not changed
     save(images / "case02_0000.nii.gz", np.full((20, 24, 22), 7.5, np.float32))
+    full = here.raw / NAME / FULL_LABELS_FOLDER / "case01.nii.gz"
+    save(full, np.ones((20, 24, 22), np.uint8))
     plan_and_preprocess(here, "4", ["3d_fullres"], workers=1)
+    kept_aside = list((here.preprocessed / NAME / FULL_REFERENCES_FOLDER).iterdir())
+    assert [path.name for path in kept_aside] == ["case01.nii.gz"]
+    assert kept_aside[0].read_bytes() == full.read_bytes()
     after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert set(after) == set(before)
     changed = [name for name in after if after[name] != before[name]]
@@ -131,6 +138,24 @@ def test_declarations_are_checked_again_when_they_change(here: Workspace) -> Non
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"case0[01]\.nii\.gz holds the label value 2"):
         plan_and_preprocess(here, "4", ["3d_fullres"], workers=1)
+
+
+def test_only_changed_references_are_copied(tmp_path: Path) -> None:
+    raw, copies = tmp_path / "raw", tmp_path / "copies"
+    copy_references({}, copies, ".nii.gz")
+    assert not copies.exists()
+    raw.mkdir()
+    labels = {case: raw / f"label of {case}" for case in ("a", "b")}
+    for label in labels.values():
+        label.write_text("old")
+    copy_references(labels, copies, ".nii.gz")
+    (copies / "a.nii.gz").write_text("kept")
+    os.utime(copies / "a.nii.gz", ns=(0, labels["a"].stat().st_mtime_ns))
+    labels["b"].write_text("new")
+    os.utime(labels["b"], (1, 1))
+    copy_references(labels, copies, ".nii.gz")
+    written = {path.name: path.read_text() for path in copies.iterdir()}
+    assert written == {"a.nii.gz": "kept", "b.nii.gz": "new"}
 
 
 def test_two_commands_do_not_prepare_one_dataset(here: Workspace) -> None:

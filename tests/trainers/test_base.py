@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -232,6 +233,14 @@ def test_auxiliary_losses_are_optimised_and_logged(make_trainer: Make) -> None:
 @pytest.mark.slow
 def test_final_validation_scores_only_what_was_annotated(make_trainer: Make) -> None:
     trainer = make_trainer(nnUNetTrainerSelfDisambiguation, PARTIAL, epochs=1)
+    base = Path(trainer.preprocessed_dataset_folder_base)
+    (base / "gt_full_segmentations").mkdir()
+    for path in (base / "gt_segmentations").iterdir():
+        label = SimpleITK.ReadImage(str(path))
+        if path.name.startswith("Dark"):  # as if the dark ball (2) were a bright one
+            SimpleITK.WriteImage(label / 2, str(base / "gt_full_segmentations" / path.name))
+        else:
+            SimpleITK.WriteImage(label * 0, str(path))
     trainer.run_training()
     trainer.perform_actual_validation()
     folder = Path(trainer.output_folder) / "validation"
@@ -245,3 +254,10 @@ def test_final_validation_scores_only_what_was_annotated(make_trainer: Make) -> 
     assert of_dark["metrics"]["1"]["n_ref"] == 0
     masked = next(c for c in ours["metric_per_case"] if "Dark" in c["prediction_file"])
     assert np.isnan(masked["metrics"]["1"]["Dice"])
+    assert ours["not_annotated"]["Dark"]["1"]["full_cases"] == 1
+    assert 0 <= ours["not_annotated"]["Dark"]["1"]["recall"] <= 1
+    assert set(ours["not_annotated"]["Bright"]["2"]) == {"cases", "predicted_ml"}
+    assert (folder / "validation.png").is_file()
+    log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
+    assert "Class 'bright' occurs in no reference that annotates it" in ours["warnings"][0]
+    assert f"Warning: {ours['warnings'][0]}" in log

@@ -12,7 +12,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnmosaic.data_conversion.dataset_json import DatasetJson, parse_dataset_json
 from nnmosaic.data_conversion.errors import InputError
-from nnmosaic.trainers.masked_evaluation import evaluate_folder
+from nnmosaic.trainers.masked_evaluation import evaluate_folder, names_of
 
 LABELS = {"background": 0, "kidney": 1, "liver": 2, "tumour": 3}
 SOURCES = {
@@ -22,8 +22,8 @@ SOURCES = {
 }
 
 
-def declared(sources: Any = None) -> DatasetJson:
-    content = {"channel_names": {"0": "CT"}, "labels": LABELS, "file_ending": ".nii.gz"}
+def declared(sources: Any = None, **extra: Any) -> DatasetJson:
+    content = {"channel_names": {"0": "CT"}, "labels": LABELS, "file_ending": ".nii.gz", **extra}
     if sources is not None:
         content["partial_labels"] = {"sources": sources}
     return parse_dataset_json(content)
@@ -73,6 +73,9 @@ def test_without_declarations_the_numbers_are_nnunets(folders: tuple[Path, Path]
     )  # fmt: skip
     stock = json.loads(output.read_text())
     plain = json.loads(json.dumps(ours))
+    added = {"n_cases", "labels", "per_source"}
+    assert set(plain) == {*stock, *added}
+    assert set(plain["metric_per_case"][0]) == {*stock["metric_per_case"][0], "source"}
     assert plain["mean"] == stock["mean"]
     assert plain["foreground_mean"] == stock["foreground_mean"]
     for case, expected in zip(plain["metric_per_case"], stock["metric_per_case"], strict=True):
@@ -101,3 +104,67 @@ def test_missing_predictions_are_named_or_allowed(folders: tuple[Path, Path]) ->
     assert evaluate_folder(*folders, declared(SOURCES), allow_missing=True)["n_cases"]["2"] == 1
     with pytest.raises(InputError, match=r"no \.nii\.gz file in common"):
         evaluate_folder(folders[0], folders[0].parent, declared(SOURCES), allow_missing=True)
+
+
+def test_predicted_volume_is_known_where_nothing_was_annotated(folders: tuple[Path, Path]) -> None:
+    summary = evaluate_folder(*folders, declared(SOURCES))
+    # 16 and 4 voxels of 1 x 1.25 x 0.8 mm; B annotates the union of both, but neither alone.
+    volumes = {"2": {"cases": 1, "predicted_ml": 0.016}, "3": {"cases": 1, "predicted_ml": 0.004}}
+    assert list(summary["not_annotated"]) == ["A", "B"]
+    for source in ("A", "B"):
+        assert list(summary["not_annotated"][source]) == ["2", "3"]
+        for key, expected in volumes.items():
+            assert summary["not_annotated"][source][key] == pytest.approx(expected)
+    assert summary["warnings"] == []
+    assert names_of(summary) == {"1": "kidney", "2": "liver", "3": "tumour", "(2, 3)": LIVER}
+    assert "recall" not in summary["metric_per_case"][0]["metrics"]["1"]
+
+
+LIVER = "liver + tumour"
+REORDERED = {"background": 0, "tumour": 1, "liver": 2, "kidney": 3}
+
+
+@pytest.mark.parametrize("full_labels", [LABELS, REORDERED])
+def test_a_full_reference_scores_what_was_not_annotated(
+    folders: tuple[Path, Path], save: Callable[..., None], full_labels: dict[str, int]
+) -> None:
+    full = np.zeros((4, 4, 4), np.uint8)
+    full[0, :2] = full_labels["kidney"]
+    full[1, :2] = full[3, 0] = full_labels["liver"]
+    full[1, 2] = 4  # unannotated even here
+    save(folders[0].parent / "full" / "A1.nii.gz", full)
+    dataset = declared(SOURCES, full_labels=full_labels)
+    summary = evaluate_folder(*folders, dataset, full_references=folders[0].parent / "full")
+    # Liver: 12 voxels, of which 8 are found; of 16 predicted voxels 4 are wrong, 4 unknown.
+    expected = {"cases": 1, "predicted_ml": 0.016, "full_cases": 1, "Dice": 2 / 3}
+    expected |= {"recall": 2 / 3, "false_positive_ml": 0.004}
+    assert summary["not_annotated"]["A"]["2"] == pytest.approx(expected)
+    # No full reference of A shows a tumour, so they may not annotate it; B has none at all.
+    assert set(summary["not_annotated"]["A"]["3"]) == {"cases", "predicted_ml"}
+    assert set(summary["not_annotated"]["B"]["2"]) == {"cases", "predicted_ml"}
+    assert summary["per_source"] == evaluate_folder(*folders, dataset)["per_source"]
+
+
+def test_a_full_reference_must_lie_on_its_reference(
+    folders: tuple[Path, Path], save: Callable[..., None]
+) -> None:
+    full = folders[0].parent / "full"
+    save(full / "A1.nii.gz", np.zeros((4, 4, 5), np.uint8))
+    with pytest.raises(InputError, match=r"full/A1\.nii\.gz has the shape 4 x 4 x 5, its image A1"):
+        evaluate_folder(*folders, declared(SOURCES), full_references=full)
+
+
+def test_warnings_name_what_was_not_learnt_or_not_scored(
+    folders: tuple[Path, Path], save: Callable[..., None]
+) -> None:
+    kidney_only = np.zeros((4, 4, 4), np.uint8)
+    kidney_only[0, :2] = 1
+    save(folders[1] / "A1.nii.gz", kidney_only)  # finds what A annotates, and nothing else
+    save(folders[0] / "C1.nii.gz", kidney_only)  # the only reference with a tumour
+    warnings = evaluate_folder(*folders, declared(SOURCES))["warnings"]
+    assert [warning[: warning.index(",")] for warning in warnings] == [
+        "Class 'tumour' occurs in no reference that annotates it (scored: 2)",
+        "Class 'liver' is predicted in 0 of 1 cases of source 'A'",
+        "Class 'tumour' is predicted in 0 of 1 cases of source 'A'",
+    ]
+    assert "but in 3 others" in warnings[1]

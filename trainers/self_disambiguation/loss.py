@@ -78,6 +78,7 @@ def grouped_cross_entropy(
     *,
     ignore_label: int | None = None,
     gamma: float = 0.0,
+    ddp: bool = False,
 ) -> Tensor:
     """Return the mean of ``-(1 - P)^gamma log P`` over annotated voxels, P of their group (2.2).
 
@@ -91,6 +92,8 @@ def grouped_cross_entropy(
         Value of voxels that carry no information.
     gamma : float
         Focal exponent; 0 is the cross-entropy.
+    ddp : bool
+        Count the annotated voxels of all processes, see `average`.
 
     Returns
     -------
@@ -107,7 +110,20 @@ def grouped_cross_entropy(
         total = ((-torch.expm1(-nll)).clamp_min(1e-12) ** gamma * nll).sum()
     if ignore_label is None:
         return total / labels.numel()
-    return total / (labels != ignore_label).sum().clamp_min(1)
+    return average(total, (labels != ignore_label).sum(), ddp=ddp)
+
+
+def average(total: Tensor, count: Tensor, *, ddp: bool) -> Tensor:
+    """Return ``total / count``; 0, connected to the graph, where nothing was counted.
+
+    With ``ddp`` the count is the mean over processes, so that the gradients, which DDP averages,
+    are those of one process with the whole batch.
+    """
+    if ddp:
+        count = count.clone().float()
+        torch.distributed.all_reduce(count)
+        return total / (count.clamp_min(1) / torch.distributed.get_world_size())
+    return total / count.clamp_min(1)
 
 
 def grouped_dice(
@@ -131,7 +147,7 @@ def grouped_dice(
     batch_dice : bool
         Sum over the batch before dividing, as nnU-Net's plans say.
     ddp : bool
-        Also sum over all processes (with ``batch_dice``).
+        Sum over all processes (``batch_dice``), or count the pairs of all, see `average`.
 
     Returns
     -------
@@ -162,46 +178,8 @@ def grouped_dice(
         )
     dice = (2 * intersection + SMOOTH) / (sum_target + sum_predicted + SMOOTH).clamp_min(1e-8)
     pairs = (weight > 0).to(dice.dtype)
-    return -(dice * pairs).sum() / pairs.sum().clamp_min(1)
-
-
-def conditional_entropy(
-    logits: Tensor,
-    target: Tensor,
-    representatives: Tensor,
-    *,
-    ignore_label: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the entropy inside each voxel's set of possible classes, and where it is ambiguous.
-
-    Its chain rule: entropy of softmax = entropy of the group probabilities + P(group) times this
-    (2.9). It is a softmax restricted to the set, so it cannot fall by moving probability out of it.
-
-    Parameters
-    ----------
-    logits : Tensor, shape (B, C, *spatial)
-        Before `merge_logits`.
-    target, representatives, ignore_label
-        As above. At an ignored voxel every class is possible.
-
-    Returns
-    -------
-    entropy : Tensor, shape (B, *spatial)
-        In nats; exactly 0 where only one class is possible.
-    ambiguous : Tensor, shape (B, *spatial), bool
-        Where more than one class is possible.
-    """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    labels = target[:, 0].long()
-    shape = (*representatives.shape, *(1,) * (labels.ndim - 1))
-    possible = representatives.view(shape) == labels[:, None]
-    if ignore_label is not None:
-        possible = possible | (labels == ignore_label)[:, None]
-    ambiguous = possible.sum(1) > 1
-    log_p = torch.log_softmax(logits.masked_fill(~possible, -torch.inf), 1)
-    log_p = torch.where(possible & ambiguous[:, None], log_p, 0.0)
-    terms = torch.where(possible & ambiguous[:, None], log_p.exp() * log_p, 0.0)
-    return -terms.sum(1), ambiguous
+    # With batch Dice every process has the sums of all.
+    return average(-(dice * pairs).sum(), pairs.sum(), ddp=ddp and not batch_dice)
 
 
 def hard_counts(
@@ -278,12 +256,14 @@ class GroupedDiceCELoss(nn.Module):
             On the CPU, so that looking at it does not wait for the GPU.
         """
         identity = torch.arange(representatives.shape[1])
-        # Under DDP all processes must take the same branch, because batch Dice sums over them.
-        if not (self.ddp and self.batch_dice) and bool((representatives == identity).all()):
+        # Under DDP all processes must take the same branch, because sums go over them.
+        if not self.ddp and bool((representatives == identity).all()):
             return self.complete_loss(logits, target)
         log_p = group_log_probabilities(logits, representatives)
         scored = (representatives == identity).to(logits.device)
-        ce = grouped_cross_entropy(log_p, target, ignore_label=self.ignore_label, gamma=self.gamma)
+        ce = grouped_cross_entropy(
+            log_p, target, ignore_label=self.ignore_label, gamma=self.gamma, ddp=self.ddp
+        )
         dice = grouped_dice(
             log_p,
             target,

@@ -1,18 +1,39 @@
-"""Trainer for many sources that each annotate only some classes, or merged ones."""
+"""Trainer for many sources that each annotate only some classes, or merged or sparse ones."""
 
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import Tensor, nn
 
 from nnmosaic.trainers.base import Logits, nnUNetTrainerMosaic
+from nnmosaic.trainers.dataloading import Batches, make_loaders
+from nnmosaic.trainers.ema_teacher import EMATeacher, plain_network
+from nnmosaic.trainers.self_disambiguation.ambiguity import (
+    conditional_entropy,
+    teacher_cross_entropy,
+)
+from nnmosaic.trainers.self_disambiguation.authors_loss import AuthorsLoss, full_entropy
 from nnmosaic.trainers.self_disambiguation.loss import (
     GroupedDiceCELoss,
-    conditional_entropy,
     group_log_probabilities,
     hard_counts,
+)
+from nnmosaic.trainers.self_disambiguation.sampling import (
+    Pairs,
+    SampledCase,
+    SourceAwareDataLoader,
+    pair_probabilities,
+)
+from nnmosaic.trainers.self_disambiguation.source_heads import (
+    SourceHeads,
+    consistency_loss,
+    own_label_loss,
 )
 
 
@@ -21,34 +42,133 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
 
     What a source leaves out is "background or one of these classes" in its cases, never background.
     Where ``dataset.json`` declares no ``partial_labels``, this is `nnUNetTrainerMosaic`, bit for
-    bit.
+    bit, whatever the options.
     """
 
-    conditional_entropy_weight: float = 0.0
-    """Weight of the entropy inside ambiguous groups (2.9); off until its use has been measured."""
-    conditional_entropy_ramp: float = 0.15
-    """Fraction of the epochs over which that weight rises from 0."""
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "loss_form", "focal_gamma", "entropy", "entropy_weight", "ramp", "ema_teacher",
+        "teacher_weight", "teacher_decay", "teacher_threshold", "source_heads",
+        "consistency_weight", "sampling", "sampling_cap",
+    )  # fmt: skip
+
+    loss_form: Literal["nnunet", "authors"] = "nnunet"
+    """nnU-Net's Dice and cross-entropy on groups (2.8), or those of the authors' code (2.2 - 2.4).
+    """
+    focal_gamma: float = 0.0
+    """Exponent of the focal factor of nnU-Net's cross-entropy; the authors': 2, fixed."""
+    entropy: Literal["off", "conditional", "full"] = "off"
+    """Entropy inside ambiguous groups (2.9), or over all classes and voxels, the authors' (2.5)."""
+    entropy_weight: float = 0.1
+    ramp: float = 0.15
+    """Fraction of the training over which entropy, teacher and consistency rise from 0."""
+    ema_teacher: bool = False
+    """Learn inside ambiguous groups from a moving average of the weights (7.3.2)."""
+    teacher_weight: float = 1.0
+    teacher_decay: float = 0.99
+    teacher_threshold: float = 0.9
+    """Probability inside the group above which the teacher counts."""
+    source_heads: bool = False
+    """One head per source, which the main head must agree with on other sources' images (7.1)."""
+    consistency_weight: float = 1.0
+    sampling: Literal["nnunet", "sqrt", "class_first"] = "sqrt"
+    """How case and class of a sample are drawn, where there are several sources (3.3)."""
+    sampling_cap: float = 10.0
+    """No case is drawn more than this many times as often as under uniform sampling."""
+
+    def initialize(self) -> None:
+        """Initialise, and wrap the source heads, whose gradients DDP must average, too."""
+        self._heads: Any = None
+        self._teacher: EMATeacher | None = None
+        self._features: Tensor | None = None
+        super().initialize()
+        if self._heads is not None and self.is_ddp:
+            self._heads = nn.parallel.DistributedDataParallel(
+                self._heads, device_ids=None if self.device.index is None else [self.device.index]
+            )
+
+    @cached_property
+    def _tables(self) -> Tensor:
+        """Return, shape (sources, C) on the CPU, the integer each source stores for each class."""
+        labels = self.dataset.labels
+        return torch.tensor([s.representatives(labels) for s in self.dataset.sources()])
+
+    @property
+    def _has_sources(self) -> bool:
+        return self.dataset.partial_labels is not None
+
+    # ---------------------------------------------------------------- what is learnt from
+
+    def get_dataloaders(self) -> tuple[Batches, Batches]:
+        """Return loaders; the one for training draws case and class together (3.4)."""
+        if not self._has_sources or len(self._tables) < 2 or self.sampling == "nnunet":
+            return super().get_dataloaders()  # type: ignore[no-any-return]
+        if self.dataset_class is None:
+            self.dataset_class = self._dataset_class()
+        cases = self._sampled_cases()
+        pairs = [
+            pair_probabilities(cases, self.sampling, cap=self.sampling_cap, with_background=both)
+            for both in (True, self.sampling == "class_first")
+        ]
+        self._print_shares(cases, pairs[0])
+        loader = partial(SourceAwareDataLoader, pairs=pairs[0], foreground_pairs=pairs[1])
+        return make_loaders(self, loader)
+
+    def _sampled_cases(self) -> list[SampledCase]:
+        training, _ = self.get_tr_and_val_datasets()
+        cases = []
+        for case in training.identifiers:
+            properties = training.load_case(case)[3]
+            classes = tuple(
+                key
+                for key, voxels in properties["class_locations"].items()
+                if isinstance(key, int) and key > 0 and len(voxels) > 0
+            )
+            source = self.dataset.source_of(case)
+            cases.append(SampledCase(case, source.source, source.modality, classes))
+        return cases
+
+    def _print_shares(self, cases: list[SampledCase], pairs: Pairs) -> None:
+        owners = [cases[i].source for i in pairs.cases]
+        names = {value: name for name, value in self.dataset.labels.items()}
+        for source, number in Counter(case.source for case in cases).items():
+            mine = torch.tensor([owner == source for owner in owners]).numpy()
+            classes = ", ".join(
+                f"{names[c]} {pairs.share(mine & (pairs.classes == c)):.3f}"
+                for c in sorted(set(pairs.classes[mine].tolist()))
+            )
+            self.print_to_log_file(
+                f"Sampling ({self.sampling}): {source}, {number} cases, share "
+                f"{pairs.share(mine):.3f} ({classes})"
+            )
 
     def on_train_start(self) -> None:
-        """Say in the log what each source annotates."""
+        """Say in the log what each source annotates, and make the teacher."""
         super().on_train_start()
-        for source in self.dataset.sources() if self.dataset.partial_labels else ():
+        for source in self.dataset.sources() if self._has_sources else ():
             merged = [f"{key} = {'+'.join(members)}" for key, members in source.merged.items()]
             self.print_to_log_file(
                 f"Source {source.source} annotates: {', '.join([*source.annotated, *merged])}"
             )
+        if self.ema_teacher and self._has_sources and self._teacher is None:
+            self._teacher = EMATeacher(self.network, self.teacher_decay)
+
+    # ---------------------------------------------------------------- losses
 
     def _build_loss(self) -> nn.Module:
         loss = super()._build_loss()
-        if self.dataset.partial_labels is None:
+        if not self._has_sources:
             return loss
         inner = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
-        grouped = GroupedDiceCELoss(
-            inner,
-            batch_dice=self.configuration_manager.batch_dice,
-            ddp=self.is_ddp,
-            ignore_label=self.label_manager.ignore_label,
-        )
+        ignore = self.label_manager.ignore_label
+        grouped: nn.Module = AuthorsLoss(ignore_label=ignore)
+        if self.loss_form == "nnunet":
+            grouped = GroupedDiceCELoss(
+                inner,
+                batch_dice=self.configuration_manager.batch_dice,
+                ddp=self.is_ddp,
+                ignore_label=ignore,
+                gamma=self.focal_gamma,
+            )
         if not isinstance(loss, DeepSupervisionWrapper):
             return grouped
         loss.loss = grouped
@@ -58,34 +178,122 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
         self, logits: Logits, target: Tensor | list[Tensor], batch: dict[str, Any]
     ) -> Tensor:
         """Return Dice + cross-entropy on the groups that each sample's source annotates."""
-        if self.dataset.partial_labels is None:
+        if not self._has_sources:
             return super().segmentation_loss(logits, target, batch)
         table = self._representatives(batch)
         levels = [table] * len(logits) if isinstance(logits, list | tuple) else table
         return self.loss(logits, target, levels)
 
     def auxiliary_losses(self, batch: dict[str, Any], logits: Logits) -> dict[str, Tensor]:
-        """Add the conditional entropy at full resolution, where it is switched on."""
+        """Add the terms that are switched on, at full resolution."""
         terms = super().auxiliary_losses(batch, logits)
-        if self.conditional_entropy_weight > 0 and self.dataset.partial_labels is not None:
-            full = logits[0] if isinstance(logits, list | tuple) else logits
-            target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
-            entropy, ambiguous = conditional_entropy(
-                full,
-                target,
-                self._representatives(batch).to(full.device),
-                ignore_label=self.label_manager.ignore_label,
+        if not self._has_sources:
+            return terms
+        full = logits[0] if isinstance(logits, list | tuple) else logits
+        target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
+        labels = (target, self._representatives(batch))
+        common: dict[str, Any] = {"ignore_label": self.label_manager.ignore_label}
+        ddp, ramp = self.is_ddp, self._ramp()
+        if self.entropy == "conditional":
+            value = conditional_entropy(full, *labels, ddp=ddp, **common)
+            terms["conditional_entropy"] = self.entropy_weight * ramp * value
+        elif self.entropy == "full":
+            terms["full_entropy"] = (
+                self.entropy_weight * ramp * full_entropy(full, target, **common)
             )
-            ramp = min(
-                1.0, (self.current_epoch + 1) / (self.conditional_entropy_ramp * self.num_epochs)
+        if self._teacher is not None:
+            goal = self._teacher(batch["data"])
+            value = teacher_cross_entropy(
+                full, goal, *labels, threshold=self.teacher_threshold, ddp=ddp, **common
             )
-            mean = entropy.sum() / ambiguous.sum().clamp_min(1)
-            terms["conditional_entropy"] = self.conditional_entropy_weight * ramp * mean
+            terms["teacher"] = self.teacher_weight * ramp * value
+        if self._heads is not None:
+            terms |= self._head_losses(batch, full, *labels, {"ddp": ddp, **common})
         return terms
+
+    def _head_losses(
+        self,
+        batch: dict[str, Any],
+        logits: Tensor,
+        target: Tensor,
+        table: Tensor,
+        common: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        features, self._features = self._features, None
+        heads = self._heads(features)
+        names = [source.source for source in self.dataset.sources()]
+        own: list[int | None] = []
+        others: list[int | None] = []
+        for key, row in zip(batch["keys"], table, strict=True):
+            name = self.dataset.source_of(str(key)).source
+            s = names.index(name) if name in names else None
+            # A case with annotations of its own has no head for them.
+            own.append(s if s is not None and torch.equal(self._tables[s], row) else None)
+            rest = [k for k in range(len(names)) if k != s]
+            others.append(rest[int(torch.randint(len(rest), ()))] if rest else None)
+        groups = plain_network(self._heads).groups
+        labelled = own_label_loss(heads, groups, target, own, **common)
+        agreement = consistency_loss(heads, logits, self._tables, target, table, others, **common)
+        return {
+            "source_heads": labelled,
+            "consistency": self.consistency_weight * self._ramp() * agreement,
+        }
+
+    def _ramp(self) -> float:
+        done = max((self.current_epoch + 1) / self.num_epochs, self._spent_budget())
+        return 1.0 if self.ramp == 0 else min(1.0, done / self.ramp)
+
+    # ---------------------------------------------------------------- teacher and heads
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+        """Return optimizer and schedule, also over the source heads."""
+        if not (self.source_heads and self._has_sources):
+            return super().configure_optimizers()
+        last = plain_network(self.network).decoder.seg_layers[-1]
+        self._heads = SourceHeads(
+            last.in_channels,
+            self._tables.tolist(),
+            dimensions=len(self.configuration_manager.patch_size),
+        ).to(self.device)
+
+        def keep_features(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+            if layer.training:  # not in a copy of the network, which evaluates only
+                self._features = inputs[0]
+
+        last.register_forward_pre_hook(keep_features)
+        optimizer, scheduler = super().configure_optimizers()
+        optimizer.add_param_group({"params": list(self._heads.parameters())})
+        return optimizer, scheduler
+
+    def after_step(self) -> None:
+        """Move the teacher towards the network."""
+        super().after_step()
+        if self._teacher is not None:
+            self._teacher.update(self.network)
+
+    def method_state(self) -> dict[str, Any]:
+        """Return teacher and heads; neither is needed for prediction."""
+        state = super().method_state()
+        if self._teacher is not None:
+            state["teacher"] = self._teacher.state_dict()
+        if self._heads is not None:
+            state["source_heads"] = plain_network(self._heads).state_dict()
+        return state
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Restore teacher and heads."""
+        super().load_method_state(state)
+        if "teacher" in state:
+            self._teacher = EMATeacher(self.network, self.teacher_decay)
+            self._teacher.load_state_dict(state["teacher"])
+        if "source_heads" in state:
+            plain_network(self._heads).load_state_dict(state["source_heads"])
+
+    # ---------------------------------------------------------------- online validation
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Count voxels for the online Dice, only for classes that a sample's source annotates."""
-        if self.dataset.partial_labels is None:
+        if not self._has_sources:
             return super().validation_step(batch)  # type: ignore[no-any-return]
         data, target = (
             batch["data"].to(self.device, non_blocking=True),

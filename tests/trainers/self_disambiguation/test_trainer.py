@@ -1,14 +1,21 @@
 """The trainer for partial labels: its loss, what it counts, and that it learns both classes."""
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
+from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.trainers.base import nnUNetTrainerMosaic
+from nnmosaic.trainers.dataloading import make_loaders
+from nnmosaic.trainers.self_disambiguation.authors_loss import authors_terms, full_entropy
 from nnmosaic.trainers.self_disambiguation.loss import GroupedDiceCELoss
 from nnmosaic.trainers.self_disambiguation.trainer import nnUNetTrainerSelfDisambiguation
 
@@ -70,12 +77,171 @@ def test_conditional_entropy_is_a_term_only_when_switched_on(started: Any) -> No
     batch = next(started.dataloader_train)
     logits = [level.detach().requires_grad_() for level in started.network(batch["data"])]
     assert started.auxiliary_losses(batch, logits) == {}
-    started.conditional_entropy_weight, started.conditional_entropy_ramp = 2.0, 1.0
+    started.entropy, started.entropy_weight, started.ramp = "conditional", 2.0, 1.0
     first = started.auxiliary_losses(batch, logits)["conditional_entropy"]
     started.current_epoch = started.num_epochs - 1
     last = started.auxiliary_losses(batch, logits)["conditional_entropy"]
     assert 0 < first.item() < last.item() <= 2 * np.log(2) + 1e-6
     assert last.item() == pytest.approx(first.item() * started.num_epochs)
+
+
+def test_full_entropy_and_the_authors_loss_take_the_place_of_ours(make_trainer: Make) -> None:
+    options = {"loss_form": "authors", "entropy": "full", "entropy_weight": "1", "ramp": "0"}
+    trainer = make_trainer(nnUNetTrainerSelfDisambiguation, PARTIAL, options=options)
+    trainer.on_train_start()
+    batch = next(trainer.dataloader_train)
+    logits = trainer.network(batch["data"])
+    table = trainer._representatives(batch)
+    value = trainer.loss.loss(logits[0], batch["target"][0], table)
+    focal, dice = authors_terms(logits[0], batch["target"][0], table)
+    assert value.item() == pytest.approx((focal + dice).item())
+    term = trainer.auxiliary_losses(batch, logits)["full_entropy"]
+    assert term.item() == pytest.approx(full_entropy(logits[0], batch["target"][0]).item())
+
+
+EVERYTHING = {"entropy": "conditional", "ema_teacher": "true", "source_heads": "true", "ramp": "0"}
+
+
+@pytest.mark.slow
+def test_teacher_and_heads_learn_and_go_on_from_a_checkpoint(make_trainer: Make) -> None:
+    trainer = make_trainer(nnUNetTrainerSelfDisambiguation, PARTIAL, options=EVERYTHING)
+    trainer.on_train_start()
+    before = [p.detach().clone() for p in trainer._heads.parameters()]
+    outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(4)]
+    assert set(outputs[0]) == {
+        "loss", "conditional_entropy", "teacher", "source_heads", "consistency"
+    }  # fmt: skip
+    assert all(np.isfinite(list(output.values())).all() for output in outputs)
+    assert outputs[0]["consistency"] > 0
+    for old, new in zip(before, trainer._heads.parameters(), strict=True):
+        assert not torch.equal(old, new)
+    assert trainer._teacher.updates == 4
+    path = f"{trainer.output_folder}/checkpoint_latest.pth"
+    trainer.save_checkpoint(path)
+    stored = torch.load(path, weights_only=False)
+    assert set(stored["network_weights"]) == set(trainer.network.state_dict())
+
+    resumed = make_trainer(nnUNetTrainerSelfDisambiguation, PARTIAL)
+    resumed.load_checkpoint(path)
+    assert resumed.run_settings.options == EVERYTHING
+    resumed.on_train_start()
+    for mine, theirs in (
+        (resumed._teacher.network, trainer._teacher.network),
+        (resumed._heads, trainer._heads),
+    ):
+        for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert len(resumed.optimizer.param_groups) == 2
+    resumed.train_step(next(resumed.dataloader_train))
+    assert resumed._teacher.updates == 5
+
+
+def test_a_checkpoint_refuses_other_options(make_trainer: Make) -> None:
+    trainer = make_trainer(nnUNetTrainerSelfDisambiguation, PARTIAL, options={"ramp": "0.5"})
+    trainer.initialize()
+    path = f"{trainer.output_folder}/checkpoint_latest.pth"
+    trainer.save_checkpoint(path)
+    other = make_trainer(nnUNetTrainerSelfDisambiguation, PARTIAL, options={"ramp": "0.1"})
+    with pytest.raises(InputError, match=r"was trained with --set ramp 0\.5, not 0\.1"):
+        other.load_checkpoint(path)
+
+
+@pytest.mark.slow
+def test_without_declared_sources_every_option_leaves_nnunet_as_it_is(make_trainer: Make) -> None:
+    weights = []
+    for cls, settings in (
+        (nnUNetTrainerMosaic, {}),
+        (nnUNetTrainerSelfDisambiguation, {"options": {**EVERYTHING, "loss_form": "authors"}}),
+    ):
+        trainer = make_trainer(cls, seed=1, **settings)
+        trainer.on_train_start()
+        trainer.train_step(next(trainer.dataloader_train))
+        weights.append(trainer.network.state_dict())
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
+
+
+def test_loaders_with_nnunets_own_class_give_nnunets_batches(make_trainer: Make) -> None:
+    trainer = make_trainer(nnUNetTrainerSelfDisambiguation, PARTIAL, options={"sampling": "nnunet"})
+    trainer.initialize()
+    batches = []
+    for make in (trainer.get_dataloaders, lambda: make_loaders(trainer, nnUNetDataLoader)):
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(2)
+        training, validation = make()
+        batches.append([next(training), next(validation)])
+    for ours, theirs in zip(*batches, strict=True):
+        assert torch.equal(ours["data"], theirs["data"])
+        assert all(map(torch.equal, ours["target"], theirs["target"]))
+        assert list(ours["keys"]) == list(theirs["keys"])
+
+
+TWO_PROCESSES = """
+import sys, torch
+from nnmosaic.trainers.self_disambiguation.loss import GroupedDiceCELoss
+from nnmosaic.trainers.self_disambiguation.ambiguity import (
+    conditional_entropy, teacher_cross_entropy)
+from nnmosaic.trainers.self_disambiguation.source_heads import (
+    SourceHeads, consistency_loss, own_label_loss)
+rank, folder, world = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+ddp = world > 1
+data, target, table, tables = torch.load(f"{folder}/inputs.pt")
+torch.manual_seed(0)
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Conv3d(1, 6, 3, padding=1), torch.nn.Conv3d(6, 4, 1)
+        self.heads = SourceHeads(6, tables.tolist(), dimensions=3)
+    def forward(self, x):
+        features = torch.relu(self.first(x))
+        return self.last(features), self.heads(features)
+model = Model().double()
+wrapped = model
+if ddp:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+mine = slice(rank * 2, rank * 2 + 2) if ddp else slice(0, 4)
+y, t, options = target[mine], table[mine], {"ignore_label": 4, "ddp": ddp}
+sources = [0, 1, 1, 0][mine]
+gradients = []
+for batch_dice in (True, False):
+    logits, parts = wrapped(data[mine])
+    loss = GroupedDiceCELoss(None, batch_dice=batch_dice, **options)(logits, y, t)
+    loss = loss + conditional_entropy(logits, y, t, **options)
+    loss = loss + teacher_cross_entropy(logits, logits.flip(1), y, t, threshold=0.3, **options)
+    loss = loss + own_label_loss(parts, model.heads.groups, y, sources, **options)
+    others = [1 - s for s in sources]
+    loss = loss + consistency_loss(parts, logits, tables, y, t, others, **options)
+    model.zero_grad()
+    loss.backward()
+    gradients.append([p.grad.clone() for p in model.parameters()])
+torch.save(gradients, f"{folder}/{world}_{rank}.pt")
+if ddp:
+    torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    """Two gloo processes with two samples each, against one with all four; sources are mixed."""
+    generator = torch.Generator().manual_seed(1)
+    data = torch.randn(4, 1, 6, 6, 6, generator=generator, dtype=torch.float64)
+    tables = torch.tensor([[0, 1, 0, 3], [0, 1, 1, 0]])
+    table = tables[[0, 1, 1, 0]]
+    raw = torch.randint(0, 4, (4, 1, 6, 6, 6), generator=generator)
+    target = torch.stack([row[labels] for row, labels in zip(table, raw, strict=True)])
+    target[0, :, :3] = 4  # unequal numbers of annotated voxels
+    torch.save((data, target, table, tables), tmp_path / "inputs.pt")
+    command = [sys.executable, "-c", TWO_PROCESSES]
+    runs = [
+        subprocess.Popen([*command, str(rank), str(tmp_path), str(world)])
+        for rank, world in ((0, 2), (1, 2), (0, 1))
+    ]
+    assert [run.wait(timeout=300) for run in runs] == [0, 0, 0]
+    one = torch.load(tmp_path / "1_0.pt")
+    for rank in (0, 1):
+        for got, expected in zip(torch.load(tmp_path / f"2_{rank}.pt"), one, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.slow

@@ -1,0 +1,86 @@
+"""Peers of self-disambiguation as trainers, for comparison only; nothing in the package uses them.
+
+Importing this module makes them known to the ``nnmosaic`` commands of the same process.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nnmosaic.trainers import TRAINERS
+from nnmosaic.trainers.self_disambiguation.loss import (
+    group_log_probabilities,
+    grouped_cross_entropy,
+)
+from nnmosaic.trainers.self_disambiguation.trainer import nnUNetTrainerSelfDisambiguation
+
+
+class MarginalCrossEntropy(nn.Module):
+    """Cross-entropy on merged probabilities, without a Dice term (Shi et al., MedIA 2021)."""
+
+    def forward(self, logits: Tensor, target: Tensor, representatives: Tensor) -> Tensor:
+        """Return the loss of one resolution; shapes as in `GroupedDiceCELoss`."""
+        return grouped_cross_entropy(group_log_probabilities(logits, representatives), target)
+
+
+class MaskedSigmoidLoss(nn.Module):
+    """One sigmoid per class; Dice and binary cross-entropy on what a source annotates only.
+
+    In the manner of MultiTalent (Ulrich et al., MICCAI 2023): Dice over the batch, no term at all
+    for a class in the samples of a source that does not annotate it.
+    """
+
+    def forward(self, logits: Tensor, target: Tensor, representatives: Tensor) -> Tensor:
+        """Return the loss of one resolution; shapes as in `GroupedDiceCELoss`."""
+        axes = tuple(range(2, logits.ndim))
+        classes = torch.arange(1, representatives.shape[1])
+        scored = (representatives[:, 1:] == classes).to(logits)
+        truth = torch.cat([(target == int(c)) for c in classes], 1).to(logits)
+        z = logits[:, 1:]
+        bce = functional.binary_cross_entropy_with_logits(z, truth, reduction="none").mean(axes)
+        p = torch.sigmoid(z)
+        hits, found, present = ((part.sum(axes) * scored).sum(0) for part in (p * truth, p, truth))
+        seen = scored.sum(0) > 0
+        dice = ((2 * hits + 1e-5) / (found + present + 1e-5))[seen].mean()
+        return (bce * scored).sum() / scored.sum() - dice
+
+
+class _OtherLoss(nnUNetTrainerSelfDisambiguation):
+    """Self-disambiguation's data and sampling with another loss."""
+
+    other_loss: ClassVar[type[nn.Module]]
+
+    def _build_loss(self) -> nn.Module:
+        loss = super()._build_loss()
+        if not isinstance(loss, DeepSupervisionWrapper):
+            return self.other_loss()
+        loss.loss = self.other_loss()
+        return loss
+
+
+class nnUNetTrainerMarginalCrossEntropy(_OtherLoss):
+    """The marginal cross-entropy alone."""
+
+    other_loss = MarginalCrossEntropy
+
+
+class nnUNetTrainerMaskedSigmoid(_OtherLoss):
+    """Sigmoids; the background's logit is 0, so that nnU-Net's argmax is their threshold of 0.5."""
+
+    other_loss = MaskedSigmoidLoss
+
+    def initialize(self) -> None:
+        """Set the background channel of every output to 0; the loss never changes it."""
+        super().initialize()
+        network: Any = self.network
+        with torch.no_grad():
+            for layer in network.decoder.seg_layers:
+                layer.weight[0] = 0
+                layer.bias[0] = 0
+
+
+for _trainer in (nnUNetTrainerMarginalCrossEntropy, nnUNetTrainerMaskedSigmoid):
+    TRAINERS[_trainer.__name__] = __name__  # type: ignore[index]

@@ -1,0 +1,490 @@
+"""Self-disambiguation against its oracle and its peers, on unseen subjects.
+
+``python -m benchmarks.self_disambiguation --data SHARED_DATA`` needs ``msd_task04_hippocampus``,
+``chaos_mr_t1dual`` and ``chaos_mr_t2spir`` in that folder. Every run is one JSON file in
+``results/self_disambiguation``; finished ones are skipped, so the command can be stopped and run
+again. A hippocampus run takes about 3 minutes on one core, a CHAOS run about 15; ``--jobs`` run at
+the same time on their share of the cores. ``--only SETTING`` leaves out the others.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import RESULTS, footer, provenance, table, write
+from nnmosaic.data_conversion.atomic_write import read_json, write_json
+from nnmosaic.data_conversion.dataset_json import parse_dataset_json
+
+FOLDER = RESULTS / "self_disambiguation"
+PLAIN, OURS = "nnUNetTrainerMosaic", "nnUNetTrainerSelfDisambiguation"
+WORKSPACE = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train: on which datasets (several: one model each, fused), and how."""
+
+    datasets: tuple[str, ...]
+    trainer: str = OURS
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is annotated, and what is compared on it.
+
+    Attributes
+    ----------
+    corpus : str
+        "hippocampus" or "chaos": plan, test images and budget.
+    """
+
+    title: str
+    corpus: str
+    rows: Mapping[str, Row]
+
+
+BUDGETS = {
+    "hippocampus": ("3d_fullres", {"epochs": 10, "iterations_per_epoch": 40}),
+    "chaos": ("2d", {"epochs": 20, "iterations_per_epoch": 75}),
+}
+ORACLE, MISSING = Row(("Full",), PLAIN), "missing as background"
+SETTINGS = {
+    "disjoint": Setting(
+        "Hippocampus, half of the subjects anterior only, the other half posterior only",
+        "hippocampus",
+        {
+            "oracle": ORACLE,
+            "ours": Row(("Disjoint",)),
+            "ours + entropy": Row(("Disjoint",), options={"entropy": "conditional"}),
+            "ours + teacher": Row(("Disjoint",), options={"ema_teacher": "true"}),
+            "ours + source heads": Row(("Disjoint",), options={"source_heads": "true"}),
+            "ours, nnU-Net's sampling": Row(("Disjoint",), options={"sampling": "nnunet"}),
+            "marginal cross-entropy only": Row(("Disjoint",), "nnUNetTrainerMarginalCrossEntropy"),
+            MISSING: Row(("Disjoint",), PLAIN),
+            "one model per source, fused": Row(("Anterior", "Posterior"), PLAIN),
+            "zeros ignored": Row(("ZerosIgnored",), PLAIN),
+            "sigmoid, masked BCE": Row(("Disjoint",), "nnUNetTrainerMaskedSigmoid"),
+        },
+    ),
+    "ten_percent": Setting(
+        "Hippocampus, every tenth subject complete, the others anterior only",
+        "hippocampus",
+        {"oracle": ORACLE, "ours": Row(("TenPercent",)), MISSING: Row(("TenPercent",), PLAIN)},
+    ),
+    "merged": Setting(
+        "Hippocampus, half of the subjects complete, the others as one class",
+        "hippocampus",
+        {"oracle": ORACLE, "ours": Row(("Merged",)), MISSING: Row(("Merged",), PLAIN)},
+    ),
+    "sparse": Setting(
+        "Hippocampus, every 5th plane",
+        "hippocampus",
+        {"oracle": ORACLE, "ours": Row(("Sparse",)), MISSING: Row(("SparseZeros",), PLAIN)},
+    ),
+}
+NUMBERS = {
+    "Full": "611", "Anterior": "612", "Posterior": "613", "Tenth": "614", "Rest": "615",
+    "Half": "616", "Whole": "617", "EveryFifth": "618", "Disjoint": "601", "TenPercent": "602",
+    "Merged": "603", "Sparse": "604", "ZerosIgnored": "605", "SparseZeros": "606",
+}  # fmt: skip
+
+
+CORPORA = {
+    "hippocampus": (
+        "Full", "Anterior", "Posterior", "Disjoint", "TenPercent", "Merged", "Sparse",
+        "ZerosIgnored", "SparseZeros",
+    ),
+}  # fmt: skip
+"""Datasets that are trained on; the first is complete, and its plan is that of all."""
+
+
+def dataset_folder(name: str) -> str:
+    """Return nnU-Net's name of a dataset."""
+    return f"Dataset{NUMBERS[name]}_{name}"
+
+
+# ------------------------------------------------------------------ data
+
+
+def command(*arguments: str) -> None:
+    """Run an nnMosaic command."""
+    run = [sys.executable, "-m", "nnmosaic.pipeline.cli", *arguments]
+    subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
+
+
+def prepare_hippocampus(data: Path, work: Path) -> None:
+    """Make the raw datasets of all hippocampus settings; every fourth subject is for testing."""
+    source = data / "msd_task04_hippocampus"
+    lines = (source / "cases.csv").read_text(encoding="utf-8").split()[1:]
+    subject_of = dict(line.split(",")[:2] for line in lines)
+    subjects = sorted(set(subject_of.values()))
+    held_out = set(subjects[3::4])
+    raw = work / "nnUNet_raw"
+    labels = {"background": 0, "anterior": 1, "posterior": 2}
+    training = [case for case, subject in subject_of.items() if subject not in held_out]
+    testing = [case for case, subject in subject_of.items() if subject in held_out]
+    for folder, cases, suffix in (
+        (raw / dataset_folder(CORPORA["hippocampus"][0]), training, "Tr"),
+        (work / "hippocampus_test", testing, "Ts"),
+    ):
+        for case in cases:
+            _link(source / "imagesTr" / f"{case}.nii.gz",
+                  folder / f"images{suffix}" / f"{case}_0000.nii.gz")  # fmt: skip
+            _link(source / "labelsTr" / f"{case}.nii.gz",
+                  folder / f"labels{suffix}" / f"{case}.nii.gz")  # fmt: skip
+        content = {
+            "channel_names": {"0": "MRI"}, "labels": labels, "numTraining": len(cases),
+            "file_ending": ".nii.gz", "subjects": {case: subject_of[case] for case in cases},
+        }  # fmt: skip
+        write_json(content, folder / "dataset.json")
+    tenth = sorted(set(subjects) - held_out)[::10]
+    rest = [case for case in training if subject_of[case] not in tenth]
+    _hide("Anterior", "--part", "1/2", "--keep", "anterior")
+    _hide("Posterior", "--part", "2/2", "--keep", "posterior")
+    _hide("Tenth", "--part", "1/10")
+    _hide("Rest", "--cases", *rest, "--keep", "anterior")
+    _hide("Half", "--part", "1/2")
+    _hide("Whole", "--part", "2/2", "--join", "whole=anterior+posterior")
+    new = ("--output_id", NUMBERS["EveryFifth"], "-n", "EveryFifth")
+    command("sparsify", "-d", NUMBERS["Full"], *new, "--planes", "5")
+    _merge("Disjoint", "Anterior", "Posterior")
+    _merge("TenPercent", "Tenth", "Rest")
+    rename = f"{NUMBERS['Whole']}:whole=anterior+posterior"
+    _merge("Merged", "Half", "Whole", "--rename", rename)
+    _merge("Sparse", "EveryFifth")
+    _relabel(raw, "Disjoint", "ZerosIgnored", {0: 3}, {**labels, "ignore": 3})
+    _relabel(raw, "Sparse", "SparseZeros", {3: 0}, labels)
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.symlink_to(source.resolve())
+
+
+def _hide(name: str, *flags: str) -> None:
+    new = ("--output_id", NUMBERS[name], "-n", name)
+    command("hide_labels", "-d", NUMBERS["Full"], *new, *flags)
+
+
+def _merge(name: str, *sources_and_flags: str) -> None:
+    sources = [NUMBERS.get(word, word) for word in sources_and_flags]
+    command("merge", "-d", NUMBERS[name], "-n", name, "--sources", *sources)
+
+
+def _relabel(
+    raw: Path, original: str, name: str, table: Mapping[int, int], labels: Mapping[str, int]
+) -> None:
+    """Write a dataset for a peer that takes labels at face value."""
+    import SimpleITK
+
+    old, new = raw / dataset_folder(original), raw / dataset_folder(name)
+    shutil.copytree(old / "imagesTr", new / "imagesTr", symlinks=True)
+    (new / "labelsTr").mkdir()
+    for path in (old / "labelsTr").iterdir():
+        image = SimpleITK.ReadImage(str(path))
+        array = SimpleITK.GetArrayFromImage(image)
+        changed = array.copy()
+        for before, after in table.items():
+            changed[array == before] = after
+        result = SimpleITK.GetImageFromArray(changed)
+        result.CopyInformation(image)
+        SimpleITK.WriteImage(result, str(new / "labelsTr" / path.name), True)
+    content = read_json(old / "dataset.json")
+    del content["partial_labels"]
+    write_json({**content, "labels": dict(labels)}, new / "dataset.json")
+
+
+def prepare(data: Path, work: Path, corpora: set[str]) -> None:
+    """Make raw and preprocessed data of the corpora, unless they are there."""
+    for corpus in sorted(corpora):
+        done = work / f"{corpus}_prepared"
+        if not done.is_file():
+            PREPARE[corpus](data, work)
+            preprocess(work, CORPORA[corpus], corpus)
+            done.touch()
+
+
+def preprocess(work: Path, names: Sequence[str], corpus: str) -> None:
+    """Preprocess all datasets of a corpus with one plan: that of the completely labelled one."""
+    configuration = BUDGETS[corpus][0]
+    base = work / "nnUNet_preprocessed"
+    plans: Any = None
+    for name in names:
+        folder = base / dataset_folder(name)
+        flags = ["-d", NUMBERS[name], "-c", configuration]
+        if plans is None:
+            command("plan_and_preprocess", *flags, "--device", "cpu")
+            plans = read_json(folder / "nnUNetPlans.json")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json({**plans, "dataset_name": folder.name}, folder / "nnUNetPlans.json")
+            command("plan_and_preprocess", *flags, "--keep_plans")
+
+
+PREPARE = {"hippocampus": prepare_hippocampus}
+
+
+# ------------------------------------------------------------------ one run
+
+
+def one_run(work: Path, setting: str, row_name: str, seed: int) -> dict[str, Any]:
+    """Train on all training cases, predict the test images without mirroring, and score."""
+    corpus, row = SETTINGS[setting].corpus, SETTINGS[setting].rows[row_name]
+    start = time.perf_counter()
+    with_probabilities = len(row.datasets) > 1
+    folders = []
+    for name in row.datasets:
+        output = work / "runs" / f"{setting}_{row_name}_{seed}_{name}".replace(" ", "_")
+        shutil.rmtree(output, ignore_errors=True)
+        _train_and_predict(work, corpus, name, row, seed, output, with_probabilities)
+        folders.append(output / "predictions")
+    test = work / f"{corpus}_test"
+    if with_probabilities:
+        folders = [_fuse(folders, test)]
+    from nnmosaic.trainers.masked_evaluation import evaluate_folder
+
+    dataset = parse_dataset_json(read_json(test / "dataset.json"))
+    summary = evaluate_folder(test / "labelsTs", folders[0], dataset)
+    names = summary["labels"]
+    cases = {
+        Path(case["reference_file"]).name.removesuffix(dataset.file_ending): {
+            names[key]: [case["metrics"][key][metric] for metric in ("Dice", "TP", "FN")]
+            for key in names
+        }
+        for case in summary["metric_per_case"]
+    }
+    return {
+        "setting": setting, "row": row_name, "seed": seed, "dice_tp_fn": cases,
+        "seconds": round(time.perf_counter() - start, 1), "threads": _threads(), **provenance(),
+    }  # fmt: skip
+
+
+def _train_and_predict(
+    work: Path, corpus: str, name: str, row: Row, seed: int, output: Path, probabilities: bool
+) -> None:
+    import torch
+
+    import benchmarks.baselines  # noqa: F401 - registers the peers
+    from nnmosaic.pipeline.predict import predict
+    from nnmosaic.planners.plans_section import RunSettings
+    from nnmosaic.trainers.lookup import trainer_class
+
+    os.environ["nnUNet_results"] = str(output)
+    configuration, budget = BUDGETS[corpus]
+    folder = work / "nnUNet_preprocessed" / dataset_folder(name)
+    plans = {**read_json(folder / "nnUNetPlans.json"), "continue_training": False}
+    content = read_json(folder / "dataset.json")
+    trainer: Any = trainer_class(row.trainer)(
+        plans, configuration, "all", content, torch.device("cpu")
+    )
+    settings = RunSettings(
+        **budget, val_iterations_per_epoch=1, seed=seed, options=dict(row.options) or None
+    )
+    trainer.request_settings(settings)
+    trainer.run_training()
+    images = work / f"{corpus}_test" / "imagesTs"
+    predict(
+        images, output / "predictions", Path(trainer.output_folder_base), folds=["all"],
+        mirroring=False, save_probabilities=probabilities, device="cpu", workers=1,
+    )  # fmt: skip
+
+
+def _fuse(folders: Sequence[Path], test: Path) -> Path:
+    """Give every voxel the most probable class; each model knows background and one class."""
+    import SimpleITK
+
+    output = folders[0].parent / "fused"
+    output.mkdir()
+    for path in (test / "labelsTs").iterdir():
+        stem = path.name.removesuffix(".nii.gz")
+        found = [np.load(folder / f"{stem}.npz")["probabilities"] for folder in folders]
+        background = np.prod([p[0] for p in found], axis=0)
+        label = np.argmax([background, *(p[1] for p in found)], axis=0).astype(np.uint8)
+        image = SimpleITK.GetImageFromArray(label)
+        image.CopyInformation(SimpleITK.ReadImage(str(path)))
+        SimpleITK.WriteImage(image, str(output / path.name), True)
+    return output
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+# ------------------------------------------------------------------ all runs
+
+
+def result_path(setting: str, row: str, seed: int) -> Path:
+    """Return where a run's result goes; the oracle of a corpus belongs to its first setting."""
+    if row == "oracle":
+        corpus = SETTINGS[setting].corpus
+        setting = next(name for name, other in SETTINGS.items() if other.corpus == corpus)
+    words = "".join(c if c.isalnum() else "_" for c in row)
+    return FOLDER / f"{setting}__{words}__{seed}.json"
+
+
+def run_all(work: Path, settings: Sequence[str], seeds: Sequence[int], jobs: int) -> None:
+    """Make every missing run, each in a process of its own."""
+    wanted = [
+        (setting, row, seed)
+        for seed in seeds
+        for setting in settings
+        for row in SETTINGS[setting].rows
+    ]
+    pending = {result_path(*run): run for run in wanted if not result_path(*run).is_file()}
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "nnUNet_n_proc_DA": "0",
+    }  # fmt: skip
+
+    def start(run: tuple[str, str, int]) -> None:
+        arguments = ["--work", str(work), "--one", run[0], run[1], str(run[2])]
+        log = work / "logs" / f"{result_path(*run).stem}.log"
+        log.parent.mkdir(exist_ok=True)
+        with log.open("w") as output:
+            process = [sys.executable, "-m", "benchmarks.self_disambiguation", *arguments]
+            code = subprocess.run(process, env=environment, stdout=output, stderr=output).returncode
+        print(time.strftime("%H:%M:%S"), *run, "done" if code == 0 else f"FAILED, see {log}",
+              flush=True)  # fmt: skip
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(start, pending.values()))
+
+
+# ------------------------------------------------------------------ report
+
+
+def load(setting: str, row: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the finished runs of a row."""
+    paths = [result_path(setting, row, seed) for seed in seeds]
+    return [read_json(path) for path in paths if path.is_file()]
+
+
+def mean_dice(runs: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Return case -> Dice per class, mean over seeds."""
+    cases = runs[0]["dice_tp_fn"]
+    return {
+        case: np.mean(
+            [[values[0] for values in run["dice_tp_fn"][case].values()] for run in runs], axis=0
+        )
+        for case in cases
+    }
+
+
+def difference_interval(
+    first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], subjects: Mapping[str, str]
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval, over subjects, of the difference in mean Dice."""
+    members: dict[str, list[float]] = {}
+    for case, dice in first.items():
+        members.setdefault(subjects.get(case, case), []).append(
+            float(np.nanmean(dice) - np.nanmean(second[case]))
+        )
+    groups = list(members.values())
+    rng = np.random.default_rng(0)
+    means = [
+        np.mean(np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))]))
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def setting_table(name: str, seeds: Sequence[int], subjects: Mapping[str, str]) -> str:
+    """Return the table of one setting, or a line that says that there is no run yet."""
+    setting = SETTINGS[name]
+    finished = {row: runs for row in setting.rows if (runs := load(name, row, seeds))}
+    if "ours" not in finished:
+        return f"## {setting.title}\n\nNo run of ours yet."
+    ours = mean_dice(finished["ours"])
+    classes = list(next(iter(finished["ours"][0]["dice_tp_fn"].values())))
+    rows = []
+    for row, runs in finished.items():
+        dice = mean_dice(runs)
+        values = np.array(list(dice.values()))
+        per_seed = [float(np.mean(list(mean_dice([run]).values()))) for run in runs]
+        low, high = (100 * bound for bound in difference_interval(dice, ours, subjects))
+        change = 100 * (values.mean() - np.mean(list(ours.values())))
+        rows.append(
+            [
+                row,
+                *(f"{value:.3f}" for value in values.mean(0)),
+                f"{values.mean():.4f}",
+                f"{min(per_seed):.4f} - {max(per_seed):.4f}",
+                "" if row == "ours" else f"{change:+.2f} [{low:+.2f}, {high:+.2f}]",
+                ", ".join(str(run["seed"]) for run in runs),
+            ]
+        )
+    header = ["row", *classes, "mean Dice", "seeds from - to",
+              "points against ours [95 %]", "seeds"]  # fmt: skip
+    return f"## {setting.title}\n\n{table(header, rows)}"
+
+
+def report(seeds: Sequence[int], work: Path) -> str:
+    """Return the result page from all finished runs."""
+    parts = []
+    sources: dict[str, dict[str, Any]] = {}
+    for name, setting in SETTINGS.items():
+        test = read_json(work / f"{setting.corpus}_test" / "dataset.json")
+        parts.append(setting_table(name, seeds, test["subjects"]))
+        for row in setting.rows:
+            for run in load(name, row, seeds):
+                source = {key: run[key] for key in (*provenance(), "threads")}
+                sources[footer(source)] = source
+    configuration = ", ".join(
+        f"{corpus}: {plan}, {budget['epochs'] * budget['iterations_per_epoch']} steps"
+        for corpus, (plan, budget) in BUDGETS.items()
+    )
+    text = "\n\n".join(parts)
+    return (
+        "# Self-disambiguation against its oracle and its peers\n\n"
+        "Made by `python -m benchmarks.self_disambiguation`. All rows of a setting share plan, "
+        f"budget and seeds ({configuration}, CPU plan, batch 2, AdamW); they are trained on all "
+        "training cases and predict unseen subjects without mirroring. Dice: mean over test cases "
+        'and seeds; intervals: bootstrap over subjects. "One model per source" spends the '
+        "budget twice.\n\n"
+        f"{text}\n\nRuns: " + " / ".join(sources) + "\n"
+    )
+
+
+def main() -> None:
+    """Prepare what is missing, make the missing runs, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--work", type=Path, default=Path("benchmark_work/self_disambiguation"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--one", nargs=3, metavar=("SETTING", "ROW", "SEED"), help="a single run")
+    options = parser.parse_args()
+    work = options.work.resolve()
+    for name in WORKSPACE:
+        os.environ[name] = str(work / name)
+        (work / name).mkdir(parents=True, exist_ok=True)
+    if options.one:
+        setting, row, seed = options.one
+        FOLDER.mkdir(exist_ok=True)
+        write_json(one_run(work, setting, row, int(seed)), result_path(setting, row, int(seed)))
+        return
+    prepare(options.data.resolve(), work, {SETTINGS[name].corpus for name in options.only})
+    run_all(work, options.only, options.seeds, options.jobs)
+    text = report(options.seeds, work)
+    write("self_disambiguation", {"runs": [path.name for path in sorted(FOLDER.iterdir())]}, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

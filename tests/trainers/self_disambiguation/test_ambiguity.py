@@ -1,0 +1,128 @@
+"""Entropy and teacher inside ambiguous groups: T2, T13 to T15 and golden numbers of the spec."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nnmosaic.trainers.self_disambiguation.ambiguity import (
+    conditional_entropy,
+    teacher_cross_entropy,
+)
+from nnmosaic.trainers.self_disambiguation.loss import group_log_probabilities
+
+B, C, SPATIAL, IGNORE = 2, 5, (3, 4, 5), 5
+PARTIAL = torch.tensor([[0, 1, 0, 3, 0], [0, 1, 2, 3, 4]])
+MERGED = torch.tensor([[0, 1, 1, 3, 0], [0, 1, 2, 3, 4]])
+COMPLETE = torch.arange(C).repeat(B, 1)
+
+
+def golden_logits() -> Tensor:
+    i = torch.arange(B * C * 60, dtype=torch.float64)
+    return (2 * torch.sin(0.7 * i + 0.3) + 0.5 * torch.cos(0.13 * i)).view(B, C, *SPATIAL)
+
+
+def golden_target(table: Tensor = PARTIAL) -> Tensor:
+    raw = ((7 * torch.arange(B * 60) + 3) % 11).view(B, 1, *SPATIAL)
+    raw = torch.where(raw > 4, 0, raw)
+    return torch.stack([table[b][raw[b]] for b in range(B)])
+
+
+def each_voxel(z: Tensor, y: Tensor, table: Tensor) -> Tensor:
+    """Return the entropy of every voxel by itself, shape (B, *spatial)."""
+    values = torch.zeros_like(z[:, 0])
+    for b, *v in np.ndindex(*values.shape):
+        here = (slice(b, b + 1), slice(None), *(slice(n, n + 1) for n in v))
+        values[(b, *v)] = conditional_entropy(z[here], y[here], table[b : b + 1])
+    return values
+
+
+def test_golden_entropies_and_chain_rule_t15() -> None:
+    z, y = golden_logits(), golden_target()
+    log_p = group_log_probabilities(z, PARTIAL)
+    groups = -torch.where(log_p.isfinite(), log_p.exp() * log_p, 0.0).sum(1)
+    full = -(torch.softmax(z, 1) * torch.log_softmax(z, 1)).sum(1)
+    # Entropy inside the background group, whatever the label of the voxel.
+    inside = each_voxel(z, torch.zeros_like(y), PARTIAL)
+    weighted = log_p[:, 0].exp() * inside
+    assert (full - groups - weighted).abs().max().item() < 1e-12
+    assert groups.mean().item() == pytest.approx(0.8709825387, abs=1e-9)
+    assert weighted.mean().item() == pytest.approx(0.1711310644, abs=1e-9)
+    assert weighted[1].abs().max().item() == 0.0
+    ambiguous = y[0, 0] == 0
+    assert weighted[0][ambiguous].mean().item() == pytest.approx(0.3413406308, abs=1e-9)
+    assert conditional_entropy(z, y, PARTIAL).item() == pytest.approx(0.5627618612, abs=1e-9)
+
+
+def test_t2_complete_sources_have_none() -> None:
+    z, y = golden_logits(), golden_target(COMPLETE)
+    assert conditional_entropy(z, y, COMPLETE).item() == 0.0
+    assert teacher_cross_entropy(z, z, y, COMPLETE, threshold=0.0).item() == 0.0
+
+
+def test_every_class_is_possible_at_an_ignored_voxel() -> None:
+    z = golden_logits()
+    y = torch.full_like(golden_target(), IGNORE)
+    full = -(torch.softmax(z, 1) * torch.log_softmax(z, 1)).sum(1).mean()
+    value = conditional_entropy(z, y, PARTIAL, ignore_label=IGNORE)
+    assert value.item() == pytest.approx(full.item(), abs=1e-12)
+    assert full.item() == pytest.approx(1.0421136032, abs=1e-9)
+
+
+def test_entropy_does_not_see_how_likely_the_group_is() -> None:
+    z, y = golden_logits(), golden_target()
+    z.requires_grad_()
+    (g,) = torch.autograd.grad(conditional_entropy(z, y, PARTIAL), z)
+    assert g[0, [1, 3]].abs().max().item() == 0.0
+    assert g[0, [0, 2, 4]].sum(0).abs().max().item() < 1e-12
+
+
+def slow_teacher(z: Tensor, t: Tensor, y: Tensor, table: Tensor, threshold: float) -> float:
+    total, count = 0.0, 0
+    for b, *v in np.ndindex(*y[:, 0].shape):
+        label = int(y[(b, 0, *v)])
+        classes = [c for c in range(C) if label in (IGNORE, int(table[b, c]))]
+        if len(classes) < 2:
+            continue
+        count += 1
+        goal, mine = (np.exp([float(x[(b, c, *v)]) for c in classes]) for x in (t, z))
+        goal, mine = goal / goal.sum(), mine / mine.sum()
+        if goal.max() > threshold:
+            total -= float((goal * np.log(mine)).sum())
+    return total / count
+
+
+@pytest.mark.parametrize("table", [PARTIAL, MERGED])
+@pytest.mark.parametrize("threshold", [0.0, 0.7])
+def test_teacher_equals_the_slow_loop(table: Tensor, threshold: float) -> None:
+    z, y = golden_logits(), golden_target(table)
+    y[:, :, 0] = IGNORE
+    teacher = z.flip(1) * 1.3
+    value = teacher_cross_entropy(z, teacher, y, table, threshold=threshold, ignore_label=IGNORE)
+    assert value.item() == pytest.approx(slow_teacher(z, teacher, y, table, threshold), abs=1e-9)
+
+
+def test_gradients() -> None:
+    z = golden_logits()[:, :, :2, :2, :2].clone().requires_grad_()
+    y = golden_target(MERGED)[:, :, :2, :2, :2]
+    teacher = z.detach().flip(1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: conditional_entropy(x, y, MERGED), z)
+    learnt = teacher_cross_entropy(z, teacher, y, MERGED, threshold=0.5)
+    assert torch.autograd.gradcheck(
+        lambda x: teacher_cross_entropy(x, teacher.detach(), y, MERGED, threshold=0.5), z
+    )
+    learnt.backward()
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_t13_t14_huge_logits_stay_finite(dtype: torch.dtype) -> None:
+    z = (golden_logits() * 1e4).to(dtype).requires_grad_()
+    y = golden_target()
+    y[:, :, 0] = IGNORE
+    value = conditional_entropy(z, y, PARTIAL, ignore_label=IGNORE) + teacher_cross_entropy(
+        z, z.flip(1), y, PARTIAL, threshold=0.9, ignore_label=IGNORE
+    )
+    (g,) = torch.autograd.grad(value, z)
+    assert torch.isfinite(value)
+    assert torch.isfinite(g).all()

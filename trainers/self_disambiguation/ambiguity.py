@@ -1,0 +1,122 @@
+"""Terms that act where a label leaves several classes open (self_disambiguation.md, 2.9 and 7.3).
+
+They see the softmax over the classes that are possible at a voxel, so they can never contradict a
+label, and they are 0 where every class is annotated.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nnmosaic.trainers.self_disambiguation.loss import average
+
+
+def ambiguous_groups(
+    target: Tensor, representatives: Tensor, ignore_label: int | None = None
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    """Yield the sets of more than one class that labels stand for, and where.
+
+    Parameters
+    ----------
+    target : Tensor, shape (B, 1, *spatial)
+        Stored labels; each is the representative of its group.
+    representatives : Tensor, shape (B, C), integer
+        For each sample and class the channel that stands for its group. On the CPU, so that looking
+        at it does not wait for the GPU.
+    ignore_label : int, optional
+        Value of voxels at which every class is possible.
+
+    Yields
+    ------
+    sample : int
+    classes : list of int
+    voxels : Tensor, shape (*spatial), bool
+    """
+    for b, table in enumerate(representatives.tolist()):
+        for c in sorted(set(table)):
+            classes = [k for k, stands_for in enumerate(table) if stands_for == c]
+            if len(classes) > 1:
+                yield b, classes, target[b, 0] == c
+        if ignore_label is not None:
+            yield b, list(range(len(table))), target[b, 0] == ignore_label
+
+
+def conditional_entropy(
+    logits: Tensor,
+    target: Tensor,
+    representatives: Tensor,
+    *,
+    ignore_label: int | None = None,
+    ddp: bool = False,
+) -> Tensor:
+    """Return the mean entropy inside the possible classes, over ambiguous voxels (2.9).
+
+    Its chain rule: entropy of softmax = entropy of the group probabilities + P(group) times this.
+    It is a softmax restricted to the set, so it cannot fall by moving probability out of it.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (B, C, *spatial)
+        Network output before softmax.
+    target, representatives, ignore_label
+        As in `ambiguous_groups`.
+    ddp : bool
+        See `nnmosaic.trainers.self_disambiguation.loss.average`.
+
+    Returns
+    -------
+    Tensor, shape ()
+        In nats; exactly 0 if no voxel is ambiguous.
+    """
+    total, count = _zero(logits), _zero(logits)
+    for b, classes, voxels in ambiguous_groups(target, representatives, ignore_label):
+        log_p = _log_softmax(logits[b], classes)
+        total = total - ((log_p.exp() * log_p).sum(0) * voxels).sum()
+        count = count + voxels.sum()
+    return average(total, count, ddp=ddp)
+
+
+def teacher_cross_entropy(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    representatives: Tensor,
+    *,
+    threshold: float,
+    ignore_label: int | None = None,
+    ddp: bool = False,
+) -> Tensor:
+    """Return the cross-entropy with a teacher, both restricted to the possible classes (7.3.2).
+
+    Parameters
+    ----------
+    logits, teacher_logits : Tensor, shape (B, C, *spatial)
+        No gradient goes to the teacher.
+    target, representatives, ignore_label, ddp
+        As in `conditional_entropy`.
+    threshold : float
+        The teacher counts where its greatest probability among the possible classes is above this.
+
+    Returns
+    -------
+    Tensor, shape ()
+        Sum over voxels with a sure teacher, divided by the number of ambiguous voxels: small while
+        the teacher is unsure. Exactly 0 if no voxel is ambiguous.
+    """
+    total, count = _zero(logits), _zero(logits)
+    for b, classes, voxels in ambiguous_groups(target, representatives, ignore_label):
+        goal = _log_softmax(teacher_logits[b].detach(), classes).exp()
+        sure = voxels & (goal.amax(0) > threshold)
+        total = total - ((goal * _log_softmax(logits[b], classes)).sum(0) * sure).sum()
+        count = count + voxels.sum()
+    return average(total, count, ddp=ddp)
+
+
+def _log_softmax(logits: Tensor, classes: list[int]) -> Tensor:
+    chosen = logits[classes]
+    return torch.log_softmax(chosen if chosen.dtype == torch.float64 else chosen.float(), 0)
+
+
+def _zero(logits: Tensor) -> Tensor:
+    return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))

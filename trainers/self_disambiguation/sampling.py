@@ -1,0 +1,177 @@
+"""Which case and which class a training sample shows (self_disambiguation.md, 3).
+
+Every (case, class) pair has one probability, worked out before training; drawing is separate, so
+the shares of sources, classes and cases are exact and can be printed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+
+Mode = Literal["nnunet", "sqrt", "class_first"]
+BACKGROUND = 0
+
+
+@dataclass(frozen=True)
+class SampledCase:
+    """A training case.
+
+    Attributes
+    ----------
+    modality : str
+        Of its source; the authors draw it before the source.
+    classes : tuple of int
+        Labels that occur in it, without the background.
+    """
+
+    identifier: str
+    source: str
+    modality: str
+    classes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """All (case, class) pairs that can be drawn.
+
+    Attributes
+    ----------
+    cases : ndarray of int, shape (n,)
+        Position in the list of cases.
+    classes : ndarray of int, shape (n,)
+        The class that the patch is centred on; 0: anywhere.
+    probabilities : ndarray of float, shape (n,)
+        Sums to 1.
+    """
+
+    cases: np.ndarray
+    classes: np.ndarray
+    probabilities: np.ndarray
+
+    def share(self, chosen: np.ndarray) -> float:
+        """Return the probability of a subset, given as a mask over pairs."""
+        return float(self.probabilities[chosen].sum())
+
+
+def pair_probabilities(
+    cases: Sequence[SampledCase],
+    mode: Mode,
+    *,
+    cap: float,
+    with_background: bool = True,
+) -> Pairs:
+    """Return the probability of every (case, class) pair.
+
+    ``sqrt``: source with probability proportional to the square root of its number of cases, then
+    class uniform among those that occur in the source and the background, then case uniform among
+    those that show it (3.3). ``class_first``: class, modality, source and case, each uniform among
+    those that have the ones before (3.2, the authors').
+
+    Parameters
+    ----------
+    cap : float
+        No case is drawn more than this many times as often as under uniform sampling.
+    with_background : bool
+        False: foreground only, where there is any, for the samples in which nnU-Net guarantees it.
+    """
+    pairs = [(i, c) for i, case in enumerate(cases) for c in case.classes]
+    if with_background or not pairs:
+        pairs += [(i, BACKGROUND) for i in range(len(cases))]
+    weigh = _sqrt_weights if mode == "sqrt" else _class_first_weights
+    weights = np.array(weigh(cases, pairs))
+    index = np.array([i for i, _ in pairs])
+    return Pairs(
+        index,
+        np.array([c for _, c in pairs]),
+        _capped(weights / weights.sum(), index, len(cases), cap),
+    )
+
+
+def _sqrt_weights(cases: Sequence[SampledCase], pairs: Sequence[tuple[int, int]]) -> list[float]:
+    size = _counts(case.source for case in cases)
+    classes = _counts({(cases[i].source, c) for i, c in pairs}, key=lambda item: item[0])
+    showing = _counts((cases[i].source, c) for i, c in pairs)
+    return [
+        size[source] ** 0.5 / classes[source] / showing[source, c]
+        for source, c in ((cases[i].source, c) for i, c in pairs)
+    ]
+
+
+def _class_first_weights(
+    cases: Sequence[SampledCase], pairs: Sequence[tuple[int, int]]
+) -> list[float]:
+    leaves = [(c, cases[i].modality, cases[i].source) for i, c in pairs]
+    modalities = _counts({leaf[:2] for leaf in leaves}, key=lambda item: item[0])
+    sources = _counts(set(leaves), key=lambda item: item[:2])
+    images = _counts(leaves)
+    return [1 / modalities[leaf[0]] / sources[leaf[:2]] / images[leaf] for leaf in leaves]
+
+
+def _counts(items: Any, key: Any = lambda item: item) -> dict[Any, int]:
+    counts: dict[Any, int] = {}
+    for item in items:
+        counts[key(item)] = counts.get(key(item), 0) + 1
+    return counts
+
+
+def _capped(probabilities: np.ndarray, cases: np.ndarray, number: int, cap: float) -> np.ndarray:
+    """Lower the cases above ``cap / number``, and raise the others in proportion."""
+    limit = max(cap, 1.0) / number
+    for _ in range(number):
+        share = np.bincount(cases, probabilities, number)
+        above = share > limit * (1 + 1e-9)
+        if not above.any():
+            break
+        full = share >= limit * (1 - 1e-9)
+        factor = np.full(number, (1 - limit * full.sum()) / max(share[~full].sum(), 1e-12))
+        factor[full] = limit / share[full]
+        probabilities = probabilities * factor[cases]
+    return probabilities
+
+
+class SourceAwareDataLoader(nnUNetDataLoader):
+    """nnU-Net's loader, which draws case and class together.
+
+    Samples in which nnU-Net guarantees foreground show a class; the others may show any place.
+
+    Parameters
+    ----------
+    pairs, foreground_pairs : Pairs
+        As returned by `pair_probabilities`, with and without background, over the cases of the
+        dataset in its order.
+    """
+
+    def __init__(
+        self, *arguments: Any, pairs: Pairs, foreground_pairs: Pairs, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self.pairs, self.foreground_pairs = pairs, foreground_pairs
+        self._classes: list[int] = []
+
+    def get_indices(self) -> list[str]:
+        """Draw the cases of a batch, and keep the class of each for `get_bbox`."""
+        drawn = []
+        for j in range(self.batch_size):
+            pairs = self.foreground_pairs if self.get_do_oversample(j) else self.pairs
+            k = np.random.choice(len(pairs.probabilities), p=pairs.probabilities)
+            drawn.append((self.indices[pairs.cases[k]], int(pairs.classes[k])))
+        self._classes = [c for _, c in drawn]
+        return [case for case, _ in drawn]
+
+    def get_bbox(
+        self,
+        data_shape: np.ndarray,
+        force_fg: bool,
+        class_locations: Mapping[Any, Any] | None,
+        overwrite_class: Any = None,
+        verbose: bool = False,
+    ) -> tuple[list[int], list[int]]:
+        """Return the patch of the next sample: around its class, or anywhere."""
+        drawn = self._classes.pop(0)
+        box: tuple[list[int], list[int]] = super().get_bbox(
+            data_shape, drawn != BACKGROUND, class_locations, drawn or None, verbose
+        )
+        return box
