@@ -346,9 +346,8 @@ def run_all(work: Path, settings: Sequence[str], seeds: Sequence[int], jobs: int
     ]
     pending = {result_path(*run): run for run in wanted if not result_path(*run).is_file()}
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "nnUNet_n_proc_DA": "0",
-    }  # fmt: skip
+    own_threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+    environment = {**os.environ, **own_threads, "nnUNet_n_proc_DA": "0"}
 
     def start(run: tuple[str, str, int]) -> None:
         arguments = ["--work", str(work), "--one", run[0], run[1], str(run[2])]
