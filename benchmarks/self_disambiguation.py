@@ -242,7 +242,7 @@ PREPARE = {"hippocampus": prepare_hippocampus}
 def one_run(work: Path, setting: str, row_name: str, seed: int) -> dict[str, Any]:
     """Train on all training cases, predict the test images without mirroring, and score."""
     corpus, row = SETTINGS[setting].corpus, SETTINGS[setting].rows[row_name]
-    start = time.perf_counter()
+    start, threads = time.perf_counter(), _threads()
     with_probabilities = len(row.datasets) > 1
     folders = []
     for name in row.datasets:
@@ -267,7 +267,7 @@ def one_run(work: Path, setting: str, row_name: str, seed: int) -> dict[str, Any
     }
     return {
         "setting": setting, "row": row_name, "seed": seed, "dice_tp_fn": cases,
-        "seconds": round(time.perf_counter() - start, 1), "threads": _threads(), **provenance(),
+        "seconds": round(time.perf_counter() - start, 1), "threads": threads, **provenance(),
     }  # fmt: skip
 
 
@@ -344,7 +344,10 @@ def run_all(work: Path, settings: Sequence[str], seeds: Sequence[int], jobs: int
         for setting in settings
         for row in SETTINGS[setting].rows
     ]
-    pending = {result_path(*run): run for run in wanted if not result_path(*run).is_file()}
+    pending: dict[Path, tuple[str, str, int]] = {}
+    for run in wanted:
+        if not result_path(*run).is_file():
+            pending.setdefault(result_path(*run), run)
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     own_threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
     environment = {**os.environ, **own_threads, "nnUNet_n_proc_DA": "0"}

@@ -67,15 +67,17 @@ class RunSettings:
         for name, value in self._flags().items():
             before = known.get(name)
             if before != value:
+                before = "(the default)" if before is None else before
                 raise InputError(
-                    f"{where} was trained with --{name} {before}, not {value}. Leave the flag out "
+                    f"{where} was trained with --{name}{before}, not {value}. Leave the flag out "
                     "to go on as before, or move the folder away to train anew."
                 )
 
     def _flags(self) -> dict[str, Any]:
         settings = self.given()
         options = settings.pop("options", {})
-        return {**settings, **{f"set {name}": value for name, value in options.items()}}
+        flags = {f"{name} ": value for name, value in settings.items()}
+        return {**flags, **{f"set {name}=": value for name, value in options.items()}}
 
     def over(self, other: "RunSettings") -> "RunSettings":
         """Return these settings, filled up from ``other``; each option counts by itself."""

@@ -4,7 +4,7 @@ The work on one case is in `nnmosaic.planners.planning_worker`.
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
@@ -68,7 +68,9 @@ def preprocess_configuration(
     ledger = Ledger(ledger_path(folder))
     digest = configuration_digest(plans, configuration, dataset.content["labels"])
     finished = finished_cases(plans_file, plans, configuration, dataset, contents)
-    _remove_all_but(folder, finished)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Half a case, or a case that left the dataset: the ledger does not vouch for it.
+    _remove_all_but(folder, {f"{name}{suffix}" for name in finished for suffix in SUFFIXES})
     ledger.begin(digest, list(contents), finished)
     scratch = folder.with_name(f".{identifier}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -114,24 +116,28 @@ def finished_cases(
 def copy_references(labels: Mapping[str, Path], folder: Path, file_ending: str) -> None:
     """Copy new or changed label files to ``folder``, for validation.
 
+    In `FULL_REFERENCES_FOLDER`, files of other cases are deleted: validation would go on scoring
+    them. In ``gt_segmentations`` they stay, because nnU-Net fails where an old prediction has no
+    reference.
+
     Parameters
     ----------
     labels : mapping of str to Path
         Case -> label file.
     """
-    if labels:
+    files = {f"{case}{file_ending}": label for case, label in labels.items()}
+    if files:
         folder.mkdir(parents=True, exist_ok=True)
-    for case, label in labels.items():
-        target = folder / f"{case}{file_ending}"
+    if folder.name == FULL_REFERENCES_FOLDER and folder.is_dir():
+        _remove_all_but(folder, files)
+    for name, label in files.items():
+        target = folder / name
         if not target.is_file() or target.stat().st_mtime_ns != label.stat().st_mtime_ns:
             with replacing(target) as temporary:
                 shutil.copy2(label, temporary)
 
 
-def _remove_all_but(folder: Path, finished: Mapping[str, str]) -> None:
-    """Delete what the ledger does not vouch for: half a case, or a case that left the dataset."""
-    folder.mkdir(parents=True, exist_ok=True)
-    keep = {f"{name}{suffix}" for name in finished for suffix in SUFFIXES}
+def _remove_all_but(folder: Path, keep: Collection[str]) -> None:
     for path in folder.iterdir():
         if path.name not in keep:
             path.unlink()

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -287,13 +288,17 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM_LIMIT)
+            self.clip_gradients()
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         else:
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM_LIMIT)
+            self.clip_gradients()
             self.optimizer.step()
+
+    def clip_gradients(self) -> None:
+        """Bound the norm of the network's gradients as nnU-Net does."""
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM_LIMIT)
 
     # ---------------------------------------------------------------- stopping and resuming
 
@@ -386,7 +391,15 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
 
     def _adopt(self, stored: RunSettings, filename: str) -> None:
         requested = getattr(self, "_requested_settings", RunSettings())
-        requested.refuse_other(stored, filename)
+        # An option that is spelt out with its default is no other option.
+        known = stored.options or {}
+        options = {
+            name: value
+            for name, value in (requested.options or {}).items()
+            if name in known
+            or parse_options(type(self), {name: value})[name] != getattr(type(self), name)
+        }
+        replace(requested, options=options or None).refuse_other(stored, filename)
         self.run_settings = stored
 
     def request_settings(self, settings: RunSettings) -> None:

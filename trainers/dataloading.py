@@ -56,21 +56,24 @@ def make_loaders(
     )  # fmt: skip
     workers = get_allowed_n_proc_DA()
     first, second = (
-        _batches(loader, count, pin=trainer.device.type == "cuda")
-        for loader, count in zip(loaders, (workers, (workers + 1) // 2), strict=True)
+        _batches(loader, min(workers, max(1, count)), cached, pin=trainer.device.type == "cuda")
+        for loader, count, cached in (
+            (loaders[0], workers, max(6, workers // 2)),
+            (loaders[1], workers // 2, max(3, workers // 4)),
+        )
     )
     next(first), next(second)  # starts the workers, and shows at once what is wrong
     return first, second
 
 
-def _batches(loader: nnUNetDataLoader, workers: int, *, pin: bool) -> Any:
+def _batches(loader: nnUNetDataLoader, workers: int, cached: int, *, pin: bool) -> Any:
     if workers == 0:
         return SingleThreadedAugmenter(loader, None)
     return NonDetMultiThreadedAugmenter(
         data_loader=loader,
         transform=None,
         num_processes=workers,
-        num_cached=max(3, workers // 2),
+        num_cached=cached,
         pin_memory=pin,
         wait_time=0.002,
     )

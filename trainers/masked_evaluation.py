@@ -1,7 +1,8 @@
 """Dice per class and source, counting a class only where it was annotated (spec 6.4).
 
 Where a source does not annotate a class, only the predicted volume is known, or what a complete
-label map, kept aside for scoring, says of the prediction.
+label map, kept aside for scoring, says of the prediction. Such a map also scores the classes of a
+sparse source at the voxels that its references ignore.
 """
 
 import warnings
@@ -25,7 +26,7 @@ METRICS = ("Dice", "IoU", "FP", "TP", "FN", "TN", "n_pred", "n_ref")
 """nnU-Net's, in voxels where they are counts."""
 
 FULL_METRICS = ("Dice", "recall", "false_positive_ml")
-"""Of a class that the source does not annotate, where a full reference shows it."""
+"""What full references say of a class that they show."""
 
 
 def evaluate_folder(
@@ -44,7 +45,7 @@ def evaluate_folder(
         Folders of label maps with equal names.
     full_references : Path, optional
         Folder of complete label maps, in the integers of ``full_labels`` in dataset.json. They may
-        exist for some cases only, and score what the source of the case does not annotate.
+        exist for some cases only, and score what the reference of the case does not.
     allow_missing : bool
         Accept references without a prediction.
 
@@ -58,8 +59,10 @@ def evaluate_folder(
         With ``partial_labels`` also "warnings" (list of str), and "not_annotated": source -> class
         that it does not annotate as such -> "cases" and the mean "predicted_ml" per case. A class
         that the full references of the source show adds "full_cases" and the means of
-        `FULL_METRICS`. Volumes rest on the spacing of the reference (2D: as nnU-Net's reader gives
-        it, with a thickness of 999 mm for PNG).
+        `FULL_METRICS`. "ignored_voxels" says the same of each class that the source does annotate,
+        counting only voxels that the reference ignores, in cases with a full reference. Volumes
+        rest on the spacing of the reference (2D: as nnU-Net's reader gives it, with a thickness of
+        999 mm for PNG).
 
     Raises
     ------
@@ -112,7 +115,8 @@ def summarise(cases: Sequence[Mapping[str, Any]], dataset: DatasetJson) -> dict[
             "n_cases": {key: _count(own, key) for key in annotated},
         }
     if dataset.partial_labels is not None:
-        summary["not_annotated"] = _not_annotated(cases)
+        for kind in ("not_annotated", "ignored_voxels"):
+            summary[kind] = _unlabelled(cases, kind)
         summary["warnings"] = _warnings(cases, names)
     recursive_fix_for_json_export(summary)
     return summary
@@ -152,14 +156,14 @@ def _score(
     }
     if dataset.partial_labels is not None:
         references = Case(case, (reference,), full if full is not None and full.is_file() else None)
-        scored["not_annotated"] = _score_unannotated(references, prediction, files, dataset)
+        scored |= _score_unlabelled(references, prediction, files, dataset)
     return scored
 
 
-def _score_unannotated(
+def _score_unlabelled(
     references: Case, prediction: Path, files: Any, dataset: DatasetJson
-) -> dict[str, dict[str, float]]:
-    """Return what is known of the classes that the source does not annotate.
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return "not_annotated" and "ignored_voxels" of one case; see `evaluate_folder`.
 
     Parameters
     ----------
@@ -169,27 +173,31 @@ def _score_unannotated(
         Has nnU-Net's ``read_seg``.
     """
     annotated = dataset.source_of(references.identifier).annotated
-    names = [name for name in dataset.foreground if name not in annotated]
-    if not names:
-        return {}
     reference, properties = files.read_seg(str(references.images[0]))
     predicted = files.read_seg(str(prediction))[0]
-    ml_per_voxel = float(np.prod(properties["spacing"])) / 1000
-    full, counted = None, predicted
-    if references.label is not None:
+    ignored = reference == dataset.ignore_label  # nowhere if there is no such label
+    full = None
+    if references.label is not None and (ignored.any() or len(annotated) < len(dataset.foreground)):
         reader = reader_of(dataset)
         full = read_label(references, reader, image=reference, properties=properties, legal=None)
-        known = np.isin(full, list(dataset.full_labels.values()))
-        counted = np.where(known, predicted, 0)  # the others are unannotated even there
-    scores: dict[str, dict[str, float]] = {}
-    for name in names:
-        label = dataset.labels[name]
-        score = {"predicted_ml": (predicted == label).sum() * ml_per_voxel}
-        if full is not None and name in dataset.full_labels:
-            present = full == dataset.full_labels[name]
-            score |= _against(present, counted == label, ml_per_voxel)
-        scores[str(label)] = score
-    return scores
+    ml_per_voxel = float(np.prod(properties["spacing"])) / 1000
+
+    def score(name: str, where: np.ndarray) -> dict[str, float]:
+        found = where & (predicted == dataset.labels[name])
+        volume = {"predicted_ml": found.sum() * ml_per_voxel}
+        if full is None or name not in dataset.full_labels:
+            return volume
+        known = where & (full < len(dataset.full_labels))  # the rest is unannotated even there
+        present = known & (full == dataset.full_labels[name])
+        return volume | _against(present, found & known, ml_per_voxel)
+
+    everywhere = np.ones_like(ignored)
+    hidden = [name for name in dataset.foreground if name not in annotated]
+    sparse = annotated if full is not None and ignored.any() else ()
+    return {
+        "not_annotated": {str(dataset.labels[name]): score(name, everywhere) for name in hidden},
+        "ignored_voxels": {str(dataset.labels[name]): score(name, ignored) for name in sparse},
+    }
 
 
 def _against(present: np.ndarray, found: np.ndarray, ml_per_voxel: float) -> dict[str, float]:
@@ -202,18 +210,18 @@ def _against(present: np.ndarray, found: np.ndarray, ml_per_voxel: float) -> dic
     }
 
 
-def _not_annotated(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _unlabelled(cases: Sequence[Mapping[str, Any]], kind: str) -> dict[str, dict[str, Any]]:
     table: dict[str, dict[str, Any]] = {}
     for case in cases:
-        for key, score in case["not_annotated"].items():
+        for key, score in case[kind].items():
             table.setdefault(case["source"], {}).setdefault(key, []).append(score)
     return {
-        source: {key: _mean_unannotated(scores) for key, scores in row.items()}
+        source: {key: _mean_unlabelled(scores) for key, scores in row.items()}
         for source, row in table.items()
     }
 
 
-def _mean_unannotated(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def _mean_unlabelled(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Return the means over the cases of a source.
 
     A class that none of its full references shows may not be annotated in them either, so there

@@ -5,15 +5,17 @@ combines two methods has the options of both.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NewType, get_args, get_origin, get_type_hints
 
 from nnmosaic.data_conversion.errors import InputError
 
 SWITCH = {"true": True, "false": False}
+Fraction = NewType("Fraction", float)
+"""An option from 0 to 1."""
 
 
 def option_types(trainer: type) -> dict[str, Any]:
-    """Return name -> type (`bool`, `float` or a ``Literal`` of words) of a trainer's options."""
+    """Return name -> type (`bool`, `float`, `Fraction`, ``Literal`` of words) of the options."""
     names = [name for cls in trainer.__mro__ for name in vars(cls).get("OPTIONS", ())]
     hints = get_type_hints(trainer) if names else {}
     return {name: hints[name] for name in dict.fromkeys(names)}
@@ -42,12 +44,12 @@ def _parse(name: str, text: str, kind: Any) -> Any:
         return text
     if kind is bool and text in SWITCH:
         return SWITCH[text]
-    if kind is float:
+    if kind in (float, Fraction):
         try:
             value = float(text)
         except ValueError:
             value = -1.0
-        if value >= 0:
+        if value >= 0 and (kind is float or value <= 1):
             return value
     raise InputError(f"--set {name}={text}: expected {_values(kind)}.")
 
@@ -55,4 +57,6 @@ def _parse(name: str, text: str, kind: Any) -> Any:
 def _values(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
+    if kind is Fraction:
+        return "a number from 0 to 1"
     return "true|false" if kind is bool else "a number of at least 0"

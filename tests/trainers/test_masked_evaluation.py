@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
@@ -143,6 +144,36 @@ def test_a_full_reference_scores_what_was_not_annotated(
     assert set(summary["not_annotated"]["A"]["3"]) == {"cases", "predicted_ml"}
     assert set(summary["not_annotated"]["B"]["2"]) == {"cases", "predicted_ml"}
     assert summary["per_source"] == evaluate_folder(*folders, dataset)["per_source"]
+
+
+def test_a_full_reference_scores_annotated_classes_at_ignored_voxels(
+    folders: tuple[Path, Path], save: Callable[..., None]
+) -> None:
+    """Sparse references of C1 (all classes) and A1 (kidney): only the first plane is annotated."""
+    full = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folders[0] / "C1.nii.gz")))
+    for case in ("A1", "C1"):
+        reference = np.full_like(full, 4)
+        reference[0] = full[0]
+        save(folders[0] / f"{case}.nii.gz", reference)
+    full[1, 2:] = full[0, 2:] = 1  # kidney: 8 voxels are ignored; liver: 8 of 16 are left
+    full[3] = 4  # unannotated even here
+    save(folders[0].parent / "full" / "C1.nii.gz", full)
+    save(folders[0].parent / "full" / "C2.nii.gz", full)  # C2 is dense: not needed
+    predicted = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folders[1] / "C1.nii.gz")))
+    predicted[1, 3], predicted[3] = 1, 1
+    save(folders[1] / "C1.nii.gz", predicted)
+    dataset = declared(SOURCES, labels={**LABELS, "ignore": 4}, full_labels=LABELS)
+    summary = evaluate_folder(*folders, dataset, full_references=folders[0].parent / "full")
+    assert list(summary["ignored_voxels"]) == ["C"]  # A1 has no full reference
+    found = summary["ignored_voxels"]["C"]
+    assert list(found) == ["1", "2", "3"]
+    kidney = {"cases": 1, "predicted_ml": 0.02, "full_cases": 1, "Dice": 2 * 4 / 12}
+    assert found["1"] == pytest.approx({**kidney, "recall": 0.5, "false_positive_ml": 0})
+    liver = {"cases": 1, "predicted_ml": 0.012, "full_cases": 1, "Dice": 2 * 8 / 20}
+    assert found["2"] == pytest.approx({**liver, "recall": 1, "false_positive_ml": 0.004})
+    assert found["3"]["Dice"] == 1
+    assert list(summary["not_annotated"]) == ["A", "B"]
+    assert summary["warnings"] == []
 
 
 def test_a_full_reference_must_lie_on_its_reference(

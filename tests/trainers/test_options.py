@@ -7,7 +7,7 @@ import pytest
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.trainers import TRAINERS
 from nnmosaic.trainers.lookup import trainer_class
-from nnmosaic.trainers.options import option_types, parse_options
+from nnmosaic.trainers.options import Fraction, option_types, parse_options
 
 
 class First:
@@ -18,8 +18,9 @@ class First:
 
 
 class Second:
-    OPTIONS: ClassVar[tuple[str, ...]] = ("teacher",)
+    OPTIONS: ClassVar[tuple[str, ...]] = ("teacher", "decay")
     teacher: bool = False
+    decay: Fraction = Fraction(0.5)
 
 
 class Both(First, Second):
@@ -39,6 +40,7 @@ def test_values_have_the_type_of_the_option() -> None:
         ({"form": "c"}, r"--set form=c: expected a\|b"),
         ({"weight": "-1"}, "--set weight=-1: expected a number of at least 0"),
         ({"weight": "much"}, "--set weight=much: expected a number"),
+        ({"decay": "99"}, "--set decay=99: expected a number from 0 to 1"),
         ({"teacher": "yes"}, r"--set teacher=yes: expected true\|false"),
     ],
 )

@@ -224,7 +224,8 @@ class GroupedDiceCELoss(nn.Module):
     Parameters
     ----------
     complete_loss : nn.Module
-        nnU-Net's own loss. It is called, unchanged, for a batch in which every class is annotated.
+        nnU-Net's own loss. It is called, unchanged, for a batch in which every class is annotated,
+        without DDP and with ``gamma`` 0.
     batch_dice, ddp, ignore_label
         As in `grouped_dice`.
     gamma : float
@@ -257,7 +258,8 @@ class GroupedDiceCELoss(nn.Module):
         """
         identity = torch.arange(representatives.shape[1])
         # Under DDP all processes must take the same branch, because sums go over them.
-        if not self.ddp and bool((representatives == identity).all()):
+        nnunets = not self.ddp and self.gamma == 0
+        if nnunets and bool((representatives == identity).all()):
             return self.complete_loss(logits, target)
         log_p = group_log_probabilities(logits, representatives)
         scored = (representatives == identity).to(logits.device)

@@ -35,7 +35,7 @@ class SampledCase:
 
 @dataclass(frozen=True)
 class Pairs:
-    """All (case, class) pairs that can be drawn.
+    """All (case, class) pairs that can be drawn, those of a source side by side.
 
     Attributes
     ----------
@@ -50,6 +50,12 @@ class Pairs:
     cases: np.ndarray
     classes: np.ndarray
     probabilities: np.ndarray
+
+    def at(self, place: float) -> tuple[int, int]:
+        """Return the case and the class at a place in [0, 1) of the summed probabilities."""
+        k = int(np.searchsorted(np.cumsum(self.probabilities), place, side="right"))
+        k = min(k, len(self.probabilities) - 1)  # the sum may be 1 less a rounding error
+        return int(self.cases[k]), int(self.classes[k])
 
     def share(self, chosen: np.ndarray) -> float:
         """Return the probability of a subset, given as a mask over pairs."""
@@ -80,13 +86,14 @@ def pair_probabilities(
     pairs = [(i, c) for i, case in enumerate(cases) for c in case.classes]
     if with_background or not pairs:
         pairs += [(i, BACKGROUND) for i in range(len(cases))]
+    pairs.sort(key=lambda pair: (cases[pair[0]].source, pair[1]))
     weigh = _sqrt_weights if mode == "sqrt" else _class_first_weights
     weights = np.array(weigh(cases, pairs))
     index = np.array([i for i, _ in pairs])
     return Pairs(
         index,
         np.array([c for _, c in pairs]),
-        _capped(weights / weights.sum(), index, len(cases), cap),
+        _capped(weights / weights.sum(), index, cap),
     )
 
 
@@ -117,25 +124,28 @@ def _counts(items: Any, key: Any = lambda item: item) -> dict[Any, int]:
     return counts
 
 
-def _capped(probabilities: np.ndarray, cases: np.ndarray, number: int, cap: float) -> np.ndarray:
-    """Lower the cases above ``cap / number``, and raise the others in proportion."""
+def _capped(probabilities: np.ndarray, cases: np.ndarray, cap: float) -> np.ndarray:
+    """Lower the cases above ``cap`` times the mean share, and raise the others in proportion."""
+    drawable, owner = np.unique(cases, return_inverse=True)
+    number = len(drawable)
     limit = max(cap, 1.0) / number
     for _ in range(number):
-        share = np.bincount(cases, probabilities, number)
-        above = share > limit * (1 + 1e-9)
-        if not above.any():
+        share = np.bincount(owner, probabilities, number)
+        if not (share > limit * (1 + 1e-9)).any():
             break
         full = share >= limit * (1 - 1e-9)
         factor = np.full(number, (1 - limit * full.sum()) / max(share[~full].sum(), 1e-12))
         factor[full] = limit / share[full]
-        probabilities = probabilities * factor[cases]
+        probabilities = probabilities * factor[owner]
     return probabilities
 
 
 class SourceAwareDataLoader(nnUNetDataLoader):
     """nnU-Net's loader, which draws case and class together.
 
-    Samples in which nnU-Net guarantees foreground show a class; the others may show any place.
+    Samples in which nnU-Net guarantees foreground show a class; the others may show any place. The
+    places of a batch are spread evenly over the probabilities (systematic sampling): every sample
+    has the same shares as if drawn alone, and a batch holds the sources in proportion.
 
     Parameters
     ----------
@@ -153,13 +163,13 @@ class SourceAwareDataLoader(nnUNetDataLoader):
 
     def get_indices(self) -> list[str]:
         """Draw the cases of a batch, and keep the class of each for `get_bbox`."""
-        drawn = []
-        for j in range(self.batch_size):
-            pairs = self.foreground_pairs if self.get_do_oversample(j) else self.pairs
-            k = np.random.choice(len(pairs.probabilities), p=pairs.probabilities)
-            drawn.append((self.indices[pairs.cases[k]], int(pairs.classes[k])))
+        places = (np.random.permutation(self.batch_size) + np.random.uniform()) / self.batch_size
+        drawn = [
+            (self.foreground_pairs if self.get_do_oversample(j) else self.pairs).at(place)
+            for j, place in enumerate(places)
+        ]
         self._classes = [c for _, c in drawn]
-        return [case for case, _ in drawn]
+        return [self.indices[i] for i, _ in drawn]
 
     def get_bbox(
         self,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnmosaic.trainers.self_disambiguation.loss import NO_LABEL, average, group_log_probabilities
+from nnmosaic.trainers.self_disambiguation.ambiguity import ambiguous_groups
+from nnmosaic.trainers.self_disambiguation.loss import NO_LABEL, average
 
 
 class SourceHeads(nn.Module):
@@ -68,7 +69,7 @@ def own_label_loss(
     Tensor, shape ()
         In nats, mean over annotated voxels.
     """
-    total = heads[0].new_zeros(())
+    total = 0 * heads[0].sum()  # every process must reach the heads in the backward pass
     count = heads[0].new_zeros(())
     for b, s in enumerate(sources):
         if s is None:
@@ -98,6 +99,9 @@ def consistency_loss(
 ) -> Tensor:
     """Return how far the main head is from another source's head where labels leave it open.
 
+    Both are restricted to the classes that the label leaves open, and the main head is summed to
+    the groups of the other source, so agreement can never contradict a label.
+
     Parameters
     ----------
     heads : sequence of Tensor
@@ -116,43 +120,28 @@ def consistency_loss(
     Returns
     -------
     Tensor, shape ()
-        Kullback-Leibler divergence in nats, mean over the voxels of more than one possible class
-        at which the head does not contradict the label.
+        Kullback-Leibler divergence in nats, mean over the voxels whose open classes are in more
+        than one group of the other source.
     """
-    total = heads[0].new_zeros(())
+    total = 0 * logits.float().sum()
     count = heads[0].new_zeros(())
-    for b, other in enumerate(others):
+    for b, classes, voxels in ambiguous_groups(target, representatives, ignore_label):
+        other = others[b]
         if other is None:
             continue
-        log_q = group_log_probabilities(logits[b : b + 1], tables[other : other + 1])[0]
-        stored = sorted(set(tables[other].tolist()))
-        log_q, log_h = log_q[stored], heads[other][b].detach()
-        found = (log_h.argmax(0), stored, tables[other])
-        agrees = _agreement(*found, target[b, 0], representatives[b], ignore_label)
-        total = total + ((log_h.exp() * (log_h - log_q)).sum(0) * agrees).sum()
-        count = count + agrees.sum()
+        table = tables[other].tolist()
+        stored = sorted(set(table))
+        shared = {
+            k: [c for c in classes if table[c] == value]
+            for k, value in enumerate(stored)
+            if any(table[c] == value for c in classes)
+        }
+        if len(shared) < 2:
+            continue
+        z = logits[b] if logits.dtype == torch.float64 else logits[b].float()
+        log_q = torch.stack([torch.logsumexp(z[members], 0) for members in shared.values()])
+        log_q = torch.log_softmax(log_q, 0)
+        log_h = torch.log_softmax(heads[other][b].detach()[list(shared)], 0)
+        total = total + ((log_h.exp() * (log_h - log_q)).sum(0) * voxels).sum()
+        count = count + voxels.sum()
     return average(total, count, ddp=ddp)
-
-
-def _agreement(
-    found: Tensor,
-    stored: Sequence[int],
-    other: Tensor,
-    labels: Tensor,
-    own: Tensor,
-    ignore_label: int | None,
-) -> Tensor:
-    """Return where a label is ambiguous and shares a class with the group that a head found.
-
-    ``found``: position in ``stored`` of the group; ``other``, ``own``: class -> stored integer.
-    """
-    agrees = torch.zeros_like(labels, dtype=torch.bool)
-    for value in sorted(set(own.tolist())):
-        classes = own == value
-        if int(classes.sum()) > 1:
-            shared = {int(integer) for integer in other[classes]}
-            allowed = torch.tensor([integer in shared for integer in stored], device=found.device)
-            agrees |= (labels == value) & allowed[found]
-    if ignore_label is not None:
-        agrees |= labels == ignore_label
-    return agrees

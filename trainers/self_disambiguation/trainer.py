@@ -11,9 +11,10 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import Tensor, nn
 
-from nnmosaic.trainers.base import Logits, nnUNetTrainerMosaic
+from nnmosaic.trainers.base import GRADIENT_NORM_LIMIT, Logits, nnUNetTrainerMosaic
 from nnmosaic.trainers.dataloading import Batches, make_loaders
 from nnmosaic.trainers.ema_teacher import EMATeacher, plain_network
+from nnmosaic.trainers.options import Fraction
 from nnmosaic.trainers.self_disambiguation.ambiguity import (
     conditional_entropy,
     teacher_cross_entropy,
@@ -59,13 +60,13 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
     entropy: Literal["off", "conditional", "full"] = "off"
     """Entropy inside ambiguous groups (2.9), or over all classes and voxels, the authors' (2.5)."""
     entropy_weight: float = 0.1
-    ramp: float = 0.15
+    ramp: Fraction = Fraction(0.15)
     """Fraction of the training over which entropy, teacher and consistency rise from 0."""
     ema_teacher: bool = False
     """Learn inside ambiguous groups from a moving average of the weights (7.3.2)."""
     teacher_weight: float = 1.0
-    teacher_decay: float = 0.99
-    teacher_threshold: float = 0.9
+    teacher_decay: Fraction = Fraction(0.99)
+    teacher_threshold: Fraction = Fraction(0.9)
     """Probability inside the group above which the teacher counts."""
     source_heads: bool = False
     """One head per source, which the main head must agree with on other sources' images (7.1)."""
@@ -100,11 +101,13 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
 
     def get_dataloaders(self) -> tuple[Batches, Batches]:
         """Return loaders; the one for training draws case and class together (3.4)."""
-        if not self._has_sources or len(self._tables) < 2 or self.sampling == "nnunet":
+        if not self._has_sources or self.sampling == "nnunet":
             return super().get_dataloaders()  # type: ignore[no-any-return]
         if self.dataset_class is None:
             self.dataset_class = self._dataset_class()
         cases = self._sampled_cases()
+        if len({case.source for case in cases}) < 2:
+            return super().get_dataloaders()  # type: ignore[no-any-return]
         pairs = [
             pair_probabilities(cases, self.sampling, cap=self.sampling_cap, with_background=both)
             for both in (True, self.sampling == "class_first")
@@ -264,6 +267,12 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
         optimizer, scheduler = super().configure_optimizers()
         optimizer.add_param_group({"params": list(self._heads.parameters())})
         return optimizer, scheduler
+
+    def clip_gradients(self) -> None:
+        """Bound the gradients of the network and those of the heads, each by themselves."""
+        super().clip_gradients()
+        if self._heads is not None:
+            nn.utils.clip_grad_norm_(self._heads.parameters(), GRADIENT_NORM_LIMIT)
 
     def after_step(self) -> None:
         """Move the teacher towards the network."""

@@ -139,6 +139,14 @@ def test_golden_complete_is_plain_nnunet(batch_dice: bool, expected: float) -> N
     assert value.item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_the_focal_factor_also_counts_where_everything_is_annotated() -> None:
+    z, y = golden_logits(), golden_target(COMPLETE)
+    plain, focal = (our_loss(batch_dice=True, gamma=gamma)(z, y, COMPLETE) for gamma in (0.0, 2.0))
+    difference = ce(z, y, COMPLETE) - ce(z, y, COMPLETE, gamma=2.0)
+    assert (plain - focal).item() == pytest.approx(difference.item())
+    assert difference.item() > 0.1
+
+
 def test_golden_merged_labels() -> None:
     z, y = golden_logits()[:1], golden_target(MERGED)[:1]
     table = MERGED[:1]

@@ -57,11 +57,23 @@ def test_t19_shares_of_the_eight_sources() -> None:
 def test_t19_draws_follow_the_shares() -> None:
     cases = eight_sources()
     pairs = pair_probabilities(cases, "class_first", cap=math.inf)
-    loader = a_loader(cases, pairs, batch_size=4000)
-    drawn = [name.rsplit(" ", 1)[0] for name in loader.get_indices()]
+    loader = a_loader(cases, pairs, batch_size=2)
+    drawn = [name.rsplit(" ", 1)[0] for _ in range(2000) for name in loader.get_indices()]
     for source, (_, share, _) in EIGHT_SOURCES.items():
         sigma = math.sqrt(share * (1 - share) / 4000)
         assert abs(drawn.count(source) / 4000 - share) < 4 * sigma
+
+
+def test_a_batch_holds_the_sources_in_proportion() -> None:
+    cases = [SampledCase(f"{source}{i}", source, "", (1,)) for source in "AB" for i in range(5)]
+    pairs = pair_probabilities(cases, "sqrt", cap=math.inf)
+    loader = a_loader(cases, pairs, batch_size=4)
+    firsts = set()
+    for _ in range(50):
+        names = loader.get_indices()
+        assert sorted(name[0] for name in names) == ["A", "A", "B", "B"]
+        firsts.add(names[0])
+    assert len(firsts) == 10  # and every case comes at every position
 
 
 @pytest.mark.parametrize("mode", ["sqrt", "class_first"])
@@ -76,6 +88,13 @@ def test_t19_the_cap_is_kept(mode: Any, cap: float) -> None:
         below = shares[1] < 0.999 * cap / len(cases)
         ratio = shares[1][below] / shares[0][below]
         assert ratio.max() == pytest.approx(ratio.min())
+
+
+@pytest.mark.parametrize("cap", [1.0, 3.0, 10.0])
+def test_the_cap_counts_only_cases_that_can_be_drawn(cap: float) -> None:
+    cases = [SampledCase(str(i), "A", "", (1,) if i < 5 else ()) for i in range(100)]
+    forced = pair_probabilities(cases, "sqrt", cap=cap, with_background=False)
+    assert forced.probabilities == pytest.approx([0.2] * 5)
 
 
 def test_shares_by_hand() -> None:

@@ -38,23 +38,28 @@ def test_each_sample_teaches_its_own_head() -> None:
     value = own_label_loss(heads, GROUPS, target, [0, 1], ignore_label=9)
     expected = -(math.log(0.25) + math.log(0.1) + math.log(0.25)) / 3
     assert value.item() == pytest.approx(expected)
-    assert own_label_loss(heads, GROUPS, target, [None, None], ignore_label=9).item() == 0.0
+    heads[0].requires_grad_()  # under DDP every process must reach the heads
+    nothing = own_label_loss(heads, GROUPS, target, [None, None], ignore_label=9)
+    assert nothing.item() == 0.0
+    assert nothing.requires_grad
 
 
 def test_agreement_is_asked_where_the_label_leaves_it_open() -> None:
-    # A sample of source A: voxel 0 is "background or 3", voxel 1 is class 1, voxel 2 as voxel 0
-    # but the head of B says "1 or 2" there, which the label excludes.
-    target = torch.tensor([[[0, 1, 0]]])
-    head = log([[0.2, 0.1, 0.7], [0.1, 0.8, 0.1], [0.1, 0.8, 0.1]])
-    logits = torch.tensor([[0.4, 0.1, 0.2, 0.3]] * 3, dtype=torch.float64).log().T[None]
+    # A sample of source A: voxel 0 is "background or 3", voxel 1 is class 1. What the head of B
+    # says about "1 or 2" does not count at voxel 0: the label excludes it.
+    target = torch.tensor([[[0, 1]]])
+    head = log([[0.2, 0.1, 0.7], [0.1, 0.8, 0.1]])
+    logits = torch.tensor([[0.4, 0.1, 0.2, 0.3]] * 2, dtype=torch.float64).log().T[None]
     logits.requires_grad_()
     value = consistency_loss([head, head], logits, TABLES, target, TABLES[:1], [1])
-    groups = (0.4, 0.1 + 0.2, 0.3)
-    expected = sum(h * math.log(h / q) for h, q in zip((0.2, 0.1, 0.7), groups, strict=True))
+    told, found = (0.2 / 0.9, 0.7 / 0.9), (0.4 / 0.7, 0.3 / 0.7)
+    expected = sum(h * math.log(h / q) for h, q in zip(told, found, strict=True))
     assert value.item() == pytest.approx(expected)
     (g,) = torch.autograd.grad(value, logits)
-    assert g[..., 1:].abs().max().item() == 0.0
-    assert g[0, 3, 0].item() < 0  # class 3 must grow
+    assert g[..., 1].abs().max().item() == 0.0
+    assert g[0, 3, 0].item() < 0  # class 3 must grow, at the cost of the background alone
+    assert g[0, [1, 2], 0].abs().max().item() == 0.0
+    assert g[0, [0, 3], 0].sum().abs().item() < 1e-12
 
 
 def test_ignored_voxels_are_open_and_no_gradient_goes_to_the_head() -> None:

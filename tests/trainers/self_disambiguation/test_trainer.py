@@ -142,7 +142,7 @@ def test_a_checkpoint_refuses_other_options(make_trainer: Make) -> None:
     path = f"{trainer.output_folder}/checkpoint_latest.pth"
     trainer.save_checkpoint(path)
     other = make_trainer(nnUNetTrainerSelfDisambiguation, PARTIAL, options={"ramp": "0.1"})
-    with pytest.raises(InputError, match=r"was trained with --set ramp 0\.5, not 0\.1"):
+    with pytest.raises(InputError, match=r"was trained with --set ramp=0\.5, not 0\.1"):
         other.load_checkpoint(path)
 
 
