@@ -96,27 +96,37 @@ def prepare(data: Path, work: Path, number: int) -> None:
         )
 
 
-def time_preprocessing(work: Path, repeats: int) -> dict[str, list[float]]:
-    """Time fingerprint + plan + preprocessing, from nothing, and compare the arrays."""
-    base = ("-d", "1", "-c", "3d_fullres")
-    variants = {
+def time_preparation(work: Path, dataset: str, repeats: int) -> dict[str, list[float]]:
+    """Time fingerprint + plan + preprocessing, from nothing and alternating.
+
+    Raises
+    ------
+    RuntimeError
+        If plans or preprocessed arrays are not equal.
+    """
+    base = ("-d", str(int(dataset[7:10])), "-c", "3d_fullres")
+    cores = str(os.cpu_count())
+    commands = {
         "stock, its default workers": stock("plan_and_preprocess", *base),
         "stock, one worker per core": stock(
-            "plan_and_preprocess", *base, "-npfp", str(os.cpu_count()), "-np", str(os.cpu_count())
+            "plan_and_preprocess", *base, "-npfp", cores, "-np", cores
         ),
         "nnMosaic": ours("plan_and_preprocess", *base),
     }
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    folder = work / "nnUNet_preprocessed" / COMPLETE
-    arrays: dict[str, dict[str, bytes]] = {}
+    folder = work / "nnUNet_preprocessed" / dataset
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    arrays, plans = {}, {}
     for _ in range(repeats):
-        for name, command in variants.items():
+        for name, command in commands.items():
             shutil.rmtree(folder, ignore_errors=True)
             times[name].append(seconds(command))
             arrays[name] = array_digests(folder / "nnUNetPlans_3d_fullres")
-    first, *others = arrays.values()
-    if not first or any(other != first for other in others):
-        raise RuntimeError("The preprocessed arrays differ.")
+            plans[name] = read_json(folder / "nnUNetPlans.json")
+            del plans[name]["experiment_planner_used"]
+    if any(made != plans["nnMosaic"] for made in plans.values()):
+        raise RuntimeError(f"The plans of {dataset} differ.")
+    if any(not a or a != arrays["nnMosaic"] for a in arrays.values()):
+        raise RuntimeError(f"The preprocessed arrays of {dataset} differ.")
     return times
 
 
@@ -292,7 +302,7 @@ def main() -> None:
     work = options.work.absolute()
     prepare(options.data, work, options.cases)
     preprocessing = finished(
-        work / "preprocessing.json", lambda: time_preprocessing(work, options.repeats)
+        work / "preprocessing.json", lambda: time_preparation(work, COMPLETE, options.repeats)
     )
     plan_for_cpu(work)
     steps = finished(work / "steps.json", lambda: time_training_step(work))

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.pipeline import array_digests, finished, ours, seconds, stock
+from benchmarks.pipeline import finished, ours, seconds, time_preparation
 from benchmarks.report import ROOT, footer, provenance, table, write
 from nnmosaic.data_conversion.atomic_write import read_json, write_json
 from nnmosaic.data_conversion.dataset_json import read_dataset_json
@@ -79,34 +79,6 @@ def prepare(data: Path, work: Path) -> None:
         content["subjects"] = {case: case.split("_")[-1] for case in sorted(cases)}
         write_json(content, raw / name / "dataset.json")
     seconds(ours("merge", "-d", "503", "-n", "CHAOS", "--sources", "513", "514"))
-
-
-def time_preparation(work: Path, dataset: str, repeats: int) -> dict[str, list[float]]:
-    """Time fingerprint + plan + preprocessing from nothing, alternating, and compare arrays."""
-    base = ("-d", dataset[7:10], "-c", "3d_fullres")
-    cores = str(os.cpu_count())
-    commands = {
-        "stock, its default workers": stock("plan_and_preprocess", *base),
-        "stock, one worker per core": stock(
-            "plan_and_preprocess", *base, "-npfp", cores, "-np", cores
-        ),
-        "nnMosaic": ours("plan_and_preprocess", *base),
-    }
-    folder = work / "nnUNet_preprocessed" / dataset
-    times: dict[str, list[float]] = {name: [] for name in commands}
-    arrays, plans = {}, {}
-    for _ in range(repeats):
-        for name, command in commands.items():
-            shutil.rmtree(folder, ignore_errors=True)
-            times[name].append(seconds(command))
-            arrays[name] = array_digests(folder / "nnUNetPlans_3d_fullres")
-            plans[name] = read_json(folder / "nnUNetPlans.json")
-            del plans[name]["experiment_planner_used"]
-    if any(made != plans["nnMosaic"] for made in plans.values()):
-        raise RuntimeError(f"The plans of {dataset} differ.")
-    if any(not a or a != arrays["nnMosaic"] for a in arrays.values()):
-        raise RuntimeError(f"The preprocessed arrays of {dataset} differ.")
-    return times
 
 
 def make_plans(work: Path) -> dict[str, Any]:
@@ -246,6 +218,17 @@ def train_for(data: Path, work: Path, minutes: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+SPEED_HEADER = ("data", "against", "stock, median s", "nnMosaic, median s", "ratio", "repeats")
+BUDGET_HEADER = (
+    "budget", "spacing (mm)", "patch", "batch", "features", "expected GB",
+    "largest process of a training, GB",
+)  # fmt: skip
+FIT_HEADER = (
+    "minutes", "features", "epochs x steps", "expected min", "took min", "ratio",
+    "Dice anterior / posterior", "unseen cases",
+)  # fmt: skip
+
+
 def report(
     times: Mapping[str, Any],
     plans: Mapping[str, Any],
@@ -256,84 +239,68 @@ def report(
 ) -> str:
     """Return the result page."""
     speed = [
-        [
-            dataset,
-            name,
-            f"{median(values):.1f}",
-            f"{median(own['nnMosaic']):.1f}",
-            f"{median(own['nnMosaic']) / median(values):.3f}",
-            str(len(values)),
-        ]
+        _speed_row(dataset, name, values, own["nnMosaic"])
         for dataset, own in times.items()
         for name, values in own.items()
         if name != "nnMosaic"
     ]
-    budgets = [
-        [
-            row["budget"],
-            _by(row["spacing"]),
-            _by(row["patch"]),
-            str(row["batch"]),
-            f"{row['features'][0]} to {row['features'][-1]}",
-            f"{row['expected_gb']:.2f}" if "expected_gb" in row else "-",
-            f"{row['training_peak_gb']:.2f}" if "training_peak_gb" in row else "-",
-        ]
-        for row in plans["rows"]
-    ]
-    fits = [
-        [
-            str(row["minutes"]),
-            str(row["network"][0]),
-            f"{row['settings']['epochs']} x {row['settings']['iterations_per_epoch']}",
-            f"{row['expected_s'] / 60:.1f}",
-            f"{row['took_s'] / 60:.1f}",
-            f"{row['took_s'] / row['expected_s']:.3f}",
-            " / ".join(f"{value:.3f}" for value in row["dice"].values()),
-            str(row["cases"]),
-        ]
-        for row in trainings
-    ]
+    budgets = [_budget_row(row) for row in plans["rows"]]
+    fits = [_fit_row(row) for row in trainings]
     memory = methods["memory_gb"]
     factor = median(memory[TRAINERS[1]]) / median(memory[TRAINERS[0]])
     return (
         "# Planning\n\nMade by `python -m benchmarks.planning`.\n\n"
         "## Fingerprint, plan and preprocessing against stock nnU-Net (wall time)\n\n"
-        + table(
-            ("data", "against", "stock, median s", "nnMosaic, median s", "ratio", "repeats"), speed
-        )
-        + "\n\nPlans and preprocessed arrays were compared and are equal.\n\n"
+        f"{table(SPEED_HEADER, speed)}\n\n"
+        "Plans and preprocessed arrays were compared and are equal.\n\n"
         "## CHAOS, T1 in-phase and T2-SPIR as two sources\n\n"
-        + table(
-            (
-                "budget",
-                "spacing (mm)",
-                "patch",
-                "batch",
-                "features",
-                "expected GB",
-                "largest process of a training, GB",
-            ),
-            budgets,
-        )
-        + "\n\n## Half-labelled hippocampus, one fold in some CPU minutes\n\n"
-        + table(
-            (
-                "minutes",
-                "features",
-                "epochs x steps",
-                "expected min",
-                "took min",
-                "ratio",
-                "Dice anterior / posterior",
-                "unseen cases",
-            ),
-            fits,
-        )
-        + f"\n\nMemory of a training process, {TRAINERS[1]} / {TRAINERS[0]}: {factor:.3f}.\n\n"
+        f"{table(BUDGET_HEADER, budgets)}\n\n"
+        "## Half-labelled hippocampus, one fold in some CPU minutes\n\n"
+        f"{table(FIT_HEADER, fits)}\n\n"
+        f"Memory of a training process, {TRAINERS[1]} / {TRAINERS[0]}: {factor:.3f}.\n\n"
         f"Preprocessing adds {min(workers.values()):.0f} to {max(workers.values()):.0f} bytes per "
         "voxel to a worker process (CHAOS).\n\n"
         f"Seed of trainings: 0. {footer(source)}\n"
     )
+
+
+def _speed_row(
+    dataset: str, name: str, stock_times: Sequence[float], our_times: Sequence[float]
+) -> list[str]:
+    theirs, mine = median(stock_times), median(our_times)
+    return [
+        dataset,
+        name,
+        f"{theirs:.1f}",
+        f"{mine:.1f}",
+        f"{mine / theirs:.3f}",
+        str(len(stock_times)),
+    ]
+
+
+def _budget_row(row: Mapping[str, Any]) -> list[str]:
+    return [
+        row["budget"],
+        _by(row["spacing"]),
+        _by(row["patch"]),
+        str(row["batch"]),
+        f"{row['features'][0]} to {row['features'][-1]}",
+        f"{row['expected_gb']:.2f}" if "expected_gb" in row else "-",
+        f"{row['training_peak_gb']:.2f}" if "training_peak_gb" in row else "-",
+    ]
+
+
+def _fit_row(row: Mapping[str, Any]) -> list[str]:
+    return [
+        str(row["minutes"]),
+        str(row["network"][0]),
+        f"{row['settings']['epochs']} x {row['settings']['iterations_per_epoch']}",
+        f"{row['expected_s'] / 60:.1f}",
+        f"{row['took_s'] / 60:.1f}",
+        f"{row['took_s'] / row['expected_s']:.3f}",
+        " / ".join(f"{value:.3f}" for value in row["dice"].values()),
+        str(row["cases"]),
+    ]
 
 
 def _by(values: Sequence[float]) -> str:

@@ -81,7 +81,12 @@ SETTINGS = {
     "ten_percent": Setting(
         "Hippocampus, every tenth subject complete, the others anterior only",
         "hippocampus",
-        {"oracle": ORACLE, "ours": Row(("TenPercent",)), MISSING: Row(("TenPercent",), PLAIN)},
+        {
+            "oracle": ORACLE,
+            "ours": Row(("TenPercent",)),
+            "ours, nnU-Net's sampling": Row(("TenPercent",), options={"sampling": "nnunet"}),
+            MISSING: Row(("TenPercent",), PLAIN),
+        },
     ),
     "merged": Setting(
         "Hippocampus, half of the subjects complete, the others as one class",
@@ -89,7 +94,7 @@ SETTINGS = {
         {"oracle": ORACLE, "ours": Row(("Merged",)), MISSING: Row(("Merged",), PLAIN)},
     ),
     "sparse": Setting(
-        "Hippocampus, every 5th plane",
+        "Hippocampus, every 5th plane (ours is nnU-Net's ignore label here: one source, all classes)",
         "hippocampus",
         {"oracle": ORACLE, "ours": Row(("Sparse",)), MISSING: Row(("SparseZeros",), PLAIN)},
     ),

@@ -7,7 +7,7 @@ how the keys are written down. It does not read images.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,11 @@ from nnmosaic.data_conversion.errors import InputError
 
 BACKGROUND = "background"
 IGNORE = "ignore"
+
+LABEL_KEYS = ("annotated", "merged", "modality")
+"""What an entry of ``partial_labels`` may say of a source, or of a case instead of its source."""
+SOURCE_KEYS = (*LABEL_KEYS, "cases", "pattern", "sparse")
+"""Of a source. "sparse" is for the reader: which voxels are unannotated, the label files say."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +268,8 @@ def partial_labels_content(
         }
         if source.merged:
             content[source.source]["merged"] = {k: list(v) for k, v in source.merged.items()}
+        if source.modality:
+            content[source.source]["modality"] = source.modality
     return {"sources": content, "unmatched": "error"}
 
 
@@ -330,19 +337,26 @@ def _parse_raters(multirater: Any, where: str) -> tuple[str, ...]:
 def _parse_partial(declared: Any, labels: Mapping[str, int], where: str) -> PartialLabels:
     if not isinstance(declared, dict) or not isinstance(declared.get("sources"), dict):
         raise InputError(f'{where}: "partial_labels" must be an object with "sources".')
+    _refuse_unknown_keys(declared, ("sources", "cases", "unmatched"), f"{where}: partial_labels")
     if declared.get("unmatched", "error") not in ("error", "complete"):
         raise InputError(f'{where}: "unmatched" must be "error" or "complete".')
+    overrides = declared.get("cases", {})
+    if not isinstance(overrides, dict):
+        raise InputError(
+            f'{where}: "cases" of partial_labels must map case names to what is annotated in them. '
+            'Lists of cases belong into the "cases" of a source.'
+        )
     sources: dict[str, SourceLabels] = {}
     patterns: dict[str, str] = {}
     cases: dict[str, str] = {}
     for name, entry in declared["sources"].items():
         here = f"{where}: source {name!r}"
-        sources[name] = _parse_source(name, entry, labels, here)
+        sources[name] = _parse_source(name, entry, labels, here, known=SOURCE_KEYS)
         if "pattern" not in entry and "cases" not in entry:
             raise InputError(f'{here} says neither by "cases" nor by "pattern" which cases it has.')
         if "pattern" in entry:
             patterns[name] = _checked_pattern(entry["pattern"], here)
-        for case in entry.get("cases", ()):
+        for case in _names(entry.get("cases", []), f'{here}: "cases"'):
             if case in cases:
                 raise InputError(f"{here} and source {cases[case]!r} both list case {case!r}.")
             cases[case] = name
@@ -352,7 +366,7 @@ def _parse_partial(declared: Any, labels: Mapping[str, int], where: str) -> Part
         cases=cases,
         overrides={
             case: _parse_source(case, entry, labels, f"{where}: case {case!r}")
-            for case, entry in declared.get("cases", {}).items()
+            for case, entry in overrides.items()
         },
         unmatched_is_complete=declared.get("unmatched") == "complete",
     )
@@ -360,25 +374,49 @@ def _parse_partial(declared: Any, labels: Mapping[str, int], where: str) -> Part
     return result
 
 
-def _checked_pattern(pattern: str, where: str) -> str:
+def _refuse_unknown_keys(entry: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    unknown = [key for key in entry if key not in known]
+    if unknown:
+        raise InputError(
+            f"{where} has the unknown key {unknown[0]!r}. Known are {', '.join(known)}: correct "
+            "or remove it."
+        )
+
+
+def _names(value: Any, where: str) -> tuple[str, ...]:
+    """Return a list of names; a string would be read as its letters."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise InputError(f'{where} must be a list of names, such as ["A", "B"], got {value!r}.')
+    return tuple(value)
+
+
+def _checked_pattern(pattern: Any, where: str) -> str:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise InputError(
             f"{where}: pattern {pattern!r} is no regular expression ({error})."
         ) from None
-    return pattern
+    return str(pattern)
 
 
-def _parse_source(name: str, entry: Any, labels: Mapping[str, int], where: str) -> SourceLabels:
+def _parse_source(
+    name: str,
+    entry: Any,
+    labels: Mapping[str, int],
+    where: str,
+    *,
+    known: Sequence[str] = LABEL_KEYS,
+) -> SourceLabels:
     if not isinstance(entry, dict) or "annotated" not in entry:
         raise InputError(f'{where} must say what is "annotated": "all" or a list of class names.')
-    merged = {key: tuple(members) for key, members in entry.get("merged", {}).items()}
+    _refuse_unknown_keys(entry, known, where)
+    merged = _parse_merged(entry.get("merged", {}), where)
     in_groups = [member for members in merged.values() for member in members]
     if entry["annotated"] == "all":
         annotated = tuple(n for n in labels if n != BACKGROUND and n not in in_groups)
     else:
-        annotated = tuple(entry["annotated"])
+        annotated = _names(entry["annotated"], f'{where}: "annotated", if not "all",')
     for label in (*annotated, *in_groups, *merged):
         if label not in labels or label == BACKGROUND:
             raise InputError(
@@ -390,13 +428,26 @@ def _parse_source(name: str, entry: Any, labels: Mapping[str, int], where: str) 
         raise InputError(
             f"{where} has the class {twice[0]!r} in two groups. A class belongs to one."
         )
+    modality = entry.get("modality", "")
+    if not isinstance(modality, str):
+        raise InputError(f'{where}: "modality" must be a word, such as "MR", got {modality!r}.')
+    return SourceLabels(name, annotated, merged, modality)
+
+
+def _parse_merged(declared: Any, where: str) -> dict[str, tuple[str, ...]]:
+    if not isinstance(declared, dict):
+        raise InputError(
+            f'{where}: "merged" must map the label that the files hold to the classes it means, '
+            f'such as {{"A": ["A", "B"]}}, got {declared!r}.'
+        )
+    merged = {key: _names(value, f"{where}: merged {key!r}") for key, value in declared.items()}
     for key, members in merged.items():
         if key not in members or len(members) < 2:
             raise InputError(
                 f"{where}: merged label {key!r} must be one of at least two members, got "
                 f"{list(members)}."
             )
-    return SourceLabels(name, annotated, merged, str(entry.get("modality", "")))
+    return merged
 
 
 def _refuse_unlearnable(partial: PartialLabels, labels: Mapping[str, int], where: str) -> None:

@@ -3,7 +3,8 @@
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from nnmosaic.data_conversion.atomic_write import read_json
 from nnmosaic.data_conversion.case_check import read_image, read_label, reader_of
 from nnmosaic.data_conversion.dataset_json import DatasetJson, read_dataset_json
 from nnmosaic.data_conversion.errors import InputError
-from nnmosaic.data_conversion.raw_dataset import Case, training_cases
+from nnmosaic.data_conversion.raw_dataset import FULL_LABELS_FOLDER, Case, training_cases
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def examine(folder: Path, *, splits_file: Path | None = None) -> list[Finding]:
     Parameters
     ----------
     folder : Path
-        Raw dataset, with dataset.json, imagesTr and labelsTr.
+        Raw dataset, with dataset.json, imagesTr, labelsTr and perhaps labelsTr_full.
     splits_file : Path, optional
         ``splits_final.json``, whose folds must not share subjects.
     """
@@ -72,12 +73,15 @@ def _examine_case(case: Case, dataset: DatasetJson) -> tuple[list[Finding], str]
     except InputError as error:
         return [Finding(True, str(error))], ""
     digest = hashlib.sha256(image.tobytes()).hexdigest()
+    read = partial(read_label, reader=reader, image=image, properties=properties)
+    findings: list[Finding] = []
     try:
-        legal = dataset.legal_values(case.identifier)
-        label = read_label(case, reader, image=image, properties=properties, legal=legal)
+        label = read(case, legal=dataset.legal_values(case.identifier))
+        if case.full_label is not None:
+            full = read(replace(case, label=case.full_label), legal=_full_values(dataset))
+            findings += _contradictions(case, label, full, dataset)
     except InputError as error:
         return [Finding(True, str(error))], digest
-    findings = []
     if not np.any(label > 0):
         source = dataset.source_of(case.identifier) if not dataset.has_regions else None
         annotated = [] if source is None else [*source.annotated, *source.merged]
@@ -97,9 +101,33 @@ def _examine_case(case: Case, dataset: DatasetJson) -> tuple[list[Finding], str]
     return findings, digest
 
 
+def _full_values(dataset: DatasetJson) -> range | None:
+    return None if dataset.has_regions else range(len(dataset.full_labels) + 1)
+
+
+def _contradictions(
+    case: Case, label: np.ndarray, full: np.ndarray, dataset: DatasetJson
+) -> Iterator[Finding]:
+    """Compare each class that the source annotates and the full reference shows."""
+    source = dataset.source_of(case.identifier)
+    labelled = (label != dataset.ignore_label) & (full < len(dataset.full_labels))
+    for name, members in ({n: (n,) for n in source.annotated} | dict(source.merged)).items():
+        if not all(member in dataset.full_labels for member in members):
+            continue
+        shown = np.isin(full, [dataset.full_labels[member] for member in members])
+        wrong = int((labelled & (shown != (label == dataset.labels[name]))).sum())
+        if shown.any() and wrong:
+            yield Finding(
+                False,
+                f"{case.full_label} contradicts {case.label} in {wrong} voxels of {name!r}, which "
+                "is annotated there. Scores against it would mislead: correct the file that is "
+                "wrong, or remove the full reference.",
+            )
+
+
 def _stray_files(folder: Path, dataset: DatasetJson, cases: list[Case]) -> Iterator[Finding]:
-    known = {path for case in cases for path in (*case.images, case.label)}
-    for part in ("imagesTr", "labelsTr"):
+    known = {path for case in cases for path in (*case.images, case.label, case.full_label)}
+    for part in ("imagesTr", "labelsTr", FULL_LABELS_FOLDER):
         for path in sorted((folder / part).glob("*")):
             if path not in known:
                 unused = path.name.endswith(dataset.file_ending)

@@ -42,7 +42,8 @@ class Source:
     Attributes
     ----------
     renames : mapping of str to tuple of str
-        Label of this source -> the target classes it means; several make it a merged label.
+        Label of this source, or of its full references -> the target classes it means; several
+        make it a merged label.
     """
 
     folder: Path
@@ -189,11 +190,11 @@ def _read_source(folder: Path, name: str, renames: Mapping[str, tuple[str, ...]]
         raise InputError(
             f"{where}: this is a merged dataset already. Give its own sources instead."
         )
-    unknown = sorted(set(renames) - set(dataset.foreground))
+    known = [n for n in {**dataset.labels, **dataset.full_labels} if n != BACKGROUND]
+    unknown = sorted(set(renames) - set(known))
     if unknown:
         raise InputError(
-            f"--rename: {folder.name} has no label {unknown[0]!r}. It has "
-            f"{', '.join(dataset.foreground)}."
+            f"--rename: {folder.name} has no label {unknown[0]!r}. It has {', '.join(known)}."
         )
     source = Source(folder, name, dataset, tuple(training_cases(folder, dataset)), dict(renames))
     classes = [c for label in dataset.foreground for c in source.meaning(label)]

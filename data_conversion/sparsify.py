@@ -55,7 +55,7 @@ class Planes:
         At least 1. An axis too short for such a plane has its middle one annotated.
     axes : tuple of int
         Array axes that the planes are perpendicular to. Empty: the one with the largest spacing,
-        the first of equal ones.
+        the first of equal ones; in a 2D image axis 1, so that rows of pixels are annotated.
     """
 
     every: int
@@ -66,7 +66,8 @@ class Planes:
     ) -> np.ndarray:
         """Return the union of the planes of all axes; see `Annotation`."""
         mask = np.zeros(label.shape, dtype=bool)
-        for axis in self.axes or (through_plane_axis(spacing),):
+        default = 1 if len(label) == 1 else through_plane_axis(spacing)
+        for axis in self.axes or (default,):
             length = label.shape[axis]
             planes = np.arange(self.every, length, self.every)
             np.moveaxis(mask, axis, 0)[planes if len(planes) else length // 2] = True

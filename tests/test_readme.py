@@ -7,17 +7,28 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from nnmosaic.pipeline.cli import _parser
 from nnmosaic.trainers import TRAINERS
+from nnmosaic.trainers.options import option_types
+from nnmosaic.trainers.self_disambiguation.trainer import nnUNetTrainerSelfDisambiguation
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-LINES = [line.strip() for block in BLOCKS for line in block.splitlines()]
+DOCS = {path: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+BASH = re.compile(r"```bash\n(.*?)```", re.DOTALL)
+BLOCKS = BASH.findall(README)
+LINES = [
+    line.strip()
+    for text in (README, *DOCS.values())
+    for block in BASH.findall(text)
+    for line in block.splitlines()
+]
 SHORTER = {"--epochs 5 --iterations_per_epoch 60": "--epochs 1 --iterations_per_epoch 2"}
 SHORTER["--device cpu --epochs"] = "-f 0 --device cpu --epochs"
 SHORTER["in 0 1 2 3 4"] = "in 0"
@@ -26,25 +37,24 @@ SHORTER["-p In30Minutes"] = "-p In30Minutes --epochs 1 --iterations_per_epoch 2"
 EXAMPLE = Path("examples") / "hippocampus"
 
 
-@pytest.fixture
-def small_checkout(tmp_path: Path) -> Path:
-    """The example as in the repository, but with 5 training cases per source and 2 test cases."""
+def small_checkout(folder: Path) -> Path:
+    """Write the example as in the repository, but with 5 cases per source and 2 test cases."""
     kept = {"Dataset011_Anterior": 5, "Dataset012_Posterior": 5, "test": 2}
     for name, number in kept.items():
-        source, target = ROOT / EXAMPLE / name, tmp_path / EXAMPLE / name
+        source, target = ROOT / EXAMPLE / name, folder / EXAMPLE / name
         content = json.loads((source / "dataset.json").read_text())
         # One case per subject, so that 5 folds can be made.
         cases = list({subject: case for case, subject in content["subjects"].items()}.values())
         content["subjects"] = {case: content["subjects"][case] for case in cases[:number]}
         content["numTraining"] = number
-        for folder in source.iterdir():
-            for path in folder.glob("*.nii.gz") if folder.is_dir() else ():
+        for part in source.iterdir():
+            for path in part.glob("*.nii.gz") if part.is_dir() else ():
                 if path.name.removesuffix(".nii.gz").removesuffix("_0000") in content["subjects"]:
-                    copy = target / folder.name / path.name
+                    copy = target / part.name / path.name
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, copy)
         (target / "dataset.json").write_text(json.dumps(content))
-    return tmp_path
+    return folder
 
 
 def environment() -> dict[str, str]:
@@ -81,12 +91,41 @@ def test_trainers_and_commands_are_in_the_readme() -> None:
 
 
 def test_linked_files_exist() -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert link.startswith("https://") or (ROOT / link).is_file(), link
+    for page, text in {ROOT / "README.md": README, **DOCS}.items():
+        for link in re.findall(r"\]\(([^)#]+)", text):
+            assert link.startswith("https://") or (page.parent / link).is_file(), link
+
+
+def test_every_option_is_in_the_docs() -> None:
+    page = DOCS[ROOT / "docs" / "partial_labels.md"]
+    for name, kind in option_types(nnUNetTrainerSelfDisambiguation).items():
+        assert f"`{name}`" in page
+        default = getattr(nnUNetTrainerSelfDisambiguation, name)
+        words = [str(default).lower()] if kind is bool else get_args(kind) or [f"{default:g}"]
+        rows = [line for line in page.splitlines() if line.startswith("|")]
+        (row,) = [line for line in rows if f"`{name}`" in line]
+        assert all(word in row for word in words), row
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+    """Return the output folder of the demo, which runs beside the README's commands."""
+    folder = small_checkout(tmp_path_factory.mktemp("demo"))
+    output = folder / "demo output"
+    arguments = ["--data", str(folder / EXAMPLE), "--output", str(output)]
+    short = ["--epochs", "1", "--iterations_per_epoch", "1", "--folds", "0"]
+    command = [sys.executable, str(ROOT / EXAMPLE / "demo.py"), *arguments, *short]
+    with (folder / "log.txt").open("w") as log:
+        run = subprocess.Popen(command, env=environment(), stdout=log, stderr=log, text=True)
+    yield output, run
+    run.kill()
+    run.wait()
 
 
 @pytest.mark.slow
-def test_the_complete_run_works_as_written(small_checkout: Path) -> None:
+@pytest.mark.usefixtures("demo")
+def test_the_complete_run_works_as_written(tmp_path: Path) -> None:
+    folder = small_checkout(tmp_path)
     script = "".join(
         block
         for block in BLOCKS
@@ -97,23 +136,23 @@ def test_the_complete_run_works_as_written(small_checkout: Path) -> None:
         script = script.replace(long, short)
     command = ["bash", "-e", "-c", script]
     run = subprocess.run(
-        command, cwd=small_checkout, env=environment(), capture_output=True, text=True
+        command, cwd=folder, env=environment(), capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     assert "nnUNet_raw, nnUNet_preprocessed, nnUNet_results not set" in run.stderr
     assert "posterior" in run.stdout.rpartition("┃ class")[2]
-    assert len(list((small_checkout / "predictions").glob("*.nii.gz"))) == 2
-    assert (small_checkout / "predictions" / "summary.json").is_file()
+    assert len(list((folder / "predictions").glob("*.nii.gz"))) == 2
+    assert (folder / "predictions" / "summary.json").is_file()
 
 
 @pytest.mark.slow
-def test_the_demo_scores_and_draws_every_test_case(small_checkout: Path) -> None:
-    output = small_checkout / "demo output"
-    arguments = ["--data", str(small_checkout / EXAMPLE), "--output", str(output)]
-    short = ["--epochs", "1", "--iterations_per_epoch", "1", "--folds", "0"]
-    command = [sys.executable, str(ROOT / EXAMPLE / "demo.py"), *arguments, *short]
-    run = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+def test_the_demo_scores_and_draws_every_test_case(
+    demo: tuple[Path, subprocess.Popen[str]],
+) -> None:
+    output, run = demo
+    code = run.wait()
+    log = (output.parent / "log.txt").read_text()
+    assert code == 0, log
     summary = json.loads((output / "summary.json").read_text())
     assert set(summary["dice_per_class"]) == {"anterior", "posterior"}
     assert set(summary["baseline_missing_as_background"]["dice_per_class"]) == {
@@ -127,4 +166,4 @@ def test_the_demo_scores_and_draws_every_test_case(small_checkout: Path) -> None
     assert len(list((output / "overlays").glob("*.png"))) == 2
     models = list(output.glob("workspace/nnUNet_results/*/*/fold_*/checkpoint_final.pth"))
     assert len(models) == 2
-    assert "Dice on unseen cases" in run.stdout
+    assert "Dice on unseen cases" in log

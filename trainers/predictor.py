@@ -3,11 +3,12 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor
 
 from nnmosaic.data_conversion.atomic_write import read_json
@@ -81,13 +82,7 @@ def load_predictor(
     plans = PlansManager(read_json(model / "plans.json"))
     dataset_json = read_json(model / "dataset.json")
     configuration = plans.get_configuration(content["init_args"]["configuration"])
-    network = trainer_class(content["trainer_name"]).build_network_architecture(
-        plans,
-        configuration,
-        determine_num_input_channels(plans, configuration, dataset_json),
-        plans.get_label_manager(dataset_json).num_segmentation_heads,
-        enable_deep_supervision=False,
-    )
+    network = _network(content["trainer_name"], plans, configuration, dataset_json)
     predictor = MosaicPredictor(
         tile_step_size=step_size,
         use_mirroring=mirroring,
@@ -106,3 +101,18 @@ def load_predictor(
         content.get("inference_allowed_mirroring_axes"),
     )
     return predictor
+
+
+def _network(
+    trainer: str,
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    dataset_json: dict[str, Any],
+) -> torch.nn.Module:
+    return trainer_class(trainer).build_network_architecture(
+        plans,
+        configuration,
+        determine_num_input_channels(plans, configuration, dataset_json),
+        plans.get_label_manager(dataset_json).num_segmentation_heads,
+        enable_deep_supervision=False,
+    )

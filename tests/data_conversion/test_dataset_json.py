@@ -4,7 +4,11 @@ from typing import Any
 
 import pytest
 
-from nnmosaic.data_conversion.dataset_json import parse_dataset_json, read_dataset_json
+from nnmosaic.data_conversion.dataset_json import (
+    parse_dataset_json,
+    partial_labels_content,
+    read_dataset_json,
+)
 from nnmosaic.data_conversion.errors import InputError
 
 LABELS = {"background": 0, "spleen": 1, "kidney_right": 2, "kidney_left": 3, "liver": 4}
@@ -89,11 +93,46 @@ def test_case_that_matches_two_patterns_is_an_error() -> None:
         ({"annotated": ["liver"]}, "neither by"),
         ({"pattern": "^B"}, 'must say what is "annotated"'),
         ({"pattern": "(", "annotated": ["liver"]}, "no regular expression"),
+        ({"pattern": 7, "annotated": ["liver"]}, "no regular expression"),
+        ({"pattern": "^B", "annotated": "liver"}, "\"annotated\".* must be a list .*got 'liver'"),
+        ({"cases": "B_1", "annotated": "all"}, "'bad': \"cases\" must be a list of names"),
+        ({"cases": [1], "annotated": "all"}, r"must be a list of names.*got \[1\]"),
+        ({"cases": [], "annotated": [], "merged": ["liver"]}, '"merged" must map the label'),
+        (
+            {"cases": [], "annotated": [], "merged": {"liver": "liver"}},
+            "merged 'liver' must be a list of names",
+        ),
+        ({"cases": [], "annotated": [], "modalty": "CT"}, "unknown key 'modalty'. Known are anno"),
+        ({"cases": [], "annotated": [], "modality": ["CT"]}, '"modality" must be a word'),
     ],
 )
 def test_t20_wrong_sources_are_refused(source: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_dataset_json(content({"siteA": SOURCES["siteA"], "bad": source}))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"cases": ["B_1"]}, '"cases" of partial_labels must map case names'),
+        ({"unmached": "complete"}, "partial_labels has the unknown key 'unmached'"),
+        ({"cases": {"B_1": {"annotated": "liver"}}}, "case 'B_1': \"annotated\""),
+        ({"cases": {"B_1": {"annotated": [], "pattern": "B"}}}, "'B_1' has the unknown key"),
+    ],
+)
+def test_slips_outside_of_the_sources_are_refused(extra: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_dataset_json(content(SOURCES, **extra))
+
+
+def test_what_is_written_of_sources_is_read_again() -> None:
+    source = {**SOURCES["siteC"], "modality": "MR"}
+    dataset = parse_dataset_json(content({"siteA": SOURCES["siteA"], "siteC": source}))
+    written = partial_labels_content({"siteA": ["A_1"], "siteC": ["C_1"]}, dataset.sources())
+    assert written["sources"]["siteC"] == source
+    assert "modality" not in written["sources"]["siteA"]
+    again = parse_dataset_json({**content(), "partial_labels": written})
+    assert again.sources() == dataset.sources()
 
 
 def test_t20_a_class_that_no_source_tells_from_background_is_refused() -> None:

@@ -4,8 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
+import SimpleITK
 
 from nnmosaic.data_conversion.doctor import examine
+from nnmosaic.data_conversion.hide_labels import hide_labels
+from nnmosaic.data_conversion.merge import merge_sources, parse_renames, read_sources
+from nnmosaic.data_conversion.sparsify import Planes, sparsify
 
 
 def test_a_sound_dataset_has_no_findings(tmp_path: Path, make_dataset: Callable[..., Path]) -> None:
@@ -62,3 +67,52 @@ def test_an_unusable_dataset_is_one_finding(tmp_path: Path) -> None:
     (finding,) = examine(tmp_path)
     assert finding.is_error
     assert "dataset.json does not exist" in finding.text
+
+
+@pytest.fixture
+def with_full(tmp_path: Path, make_dataset: Callable[..., Path]) -> Path:
+    """Two cases with sparse labels and complete ones in labelsTr_full."""
+    original = make_dataset(tmp_path / "Dataset011_Full", cases=2)
+    sparsify(original, tmp_path / "Dataset012_Sparse", Planes(5), copy_files=True)
+    return tmp_path / "Dataset012_Sparse"
+
+
+def test_broken_full_references_are_found(with_full: Path, save: Callable[..., None]) -> None:
+    assert examine(with_full) == []
+    full = with_full / "labelsTr_full"
+    save(full / "case00.nii.gz", np.zeros((20, 24, 21), np.uint8))
+    save(full / "case01.nii.gz", np.full((20, 24, 22), 4, np.uint8))
+    save(full / "case09.nii.gz", np.zeros((20, 24, 22), np.uint8))
+    findings = {finding.text: finding.is_error for finding in examine(with_full)}
+    stray, shape, value = sorted(findings, key=findings.__getitem__)
+    assert "labelsTr_full/case09.nii.gz belongs to no case" in stray
+    assert "labelsTr_full/case00.nii.gz has the shape 20 x 24 x 21" in shape
+    assert "labelsTr_full/case01.nii.gz holds the label value 4" in value
+    assert (findings[stray], findings[shape], findings[value]) == (False, True, True)
+
+
+def test_a_full_reference_that_contradicts_the_label_is_found_where_both_are_annotated(
+    with_full: Path, save: Callable[..., None]
+) -> None:
+    path = with_full / "labelsTr_full" / "case00.nii.gz"
+    full = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+    full[:3, 4], full[0, 5, :7], full[1, 5] = 1, 1, 3  # ignored, annotated, not even in here
+    save(path, full)
+    (finding,) = examine(with_full)
+    assert not finding.is_error
+    assert f"{path} contradicts" in finding.text
+    assert "in 7 voxels of 'bright'" in finding.text
+
+
+def test_a_class_that_a_full_reference_cannot_show_is_no_contradiction(
+    tmp_path: Path, make_dataset: Callable[..., Path]
+) -> None:
+    """The full references of one source say bright, of which nobody knows left or right."""
+    full = make_dataset(tmp_path / "Dataset010_Full", cases=2)
+    coarse, fine = tmp_path / "Dataset011_Coarse", tmp_path / "Dataset012_Fine"
+    hide_labels(full, coarse, keep=["bright"], part=(1, 2))
+    hide_labels(full, fine, part=(2, 2))
+    renames = parse_renames(["11:bright=left+right", "12:bright=left", "12:dark=right"])
+    sources = read_sources({"11": coarse, "12": fine}, renames)
+    merge_sources(sources, tmp_path / "Dataset501_M", copy_images=False)
+    assert examine(tmp_path / "Dataset501_M") == []

@@ -220,6 +220,22 @@ def test_a_full_class_that_means_several_is_never_guessed(full: Path, tmp_path: 
     assert not array(target / "labelsTr_full" / "Coarse_case00.nii.gz").any()
 
 
+def test_a_class_that_only_full_references_show_can_be_renamed(full: Path, tmp_path: Path) -> None:
+    dark, bright = tmp_path / "Dataset011_Dark", tmp_path / "Dataset012_Bright"
+    hide_labels(full, dark, keep=["dark"], part=(1, 2))
+    hide_labels(full, bright, keep=["bright"], part=(2, 2))
+    renames = parse_renames(["11:bright=light", "12:bright=light"])
+    target = tmp_path / "Dataset501_M"
+    merge_sources(read_sources({"11": dark, "12": bright}, renames), target, copy_images=False)
+    complete = array(full / "labelsTr" / "case00.nii.gz")
+    assert read_dataset_json(target).labels == {"background": 0, "dark": 1, "light": 2}
+    reference = array(target / "labelsTr_full" / "Dark_case00.nii.gz")
+    assert np.array_equal(reference, np.array([0, 2, 1])[complete])
+    assert set(np.unique(array(target / "labelsTr" / "Dark_case00.nii.gz"))) == {0, 1}
+    with pytest.raises(InputError, match=r"has no label 'moon'\. It has dark, bright"):
+        read_sources({"11": dark}, parse_renames(["11:moon=sun"]))
+
+
 def test_a_rename_to_another_class_of_the_full_references_is_refused(
     full: Path, tmp_path: Path
 ) -> None:

@@ -73,6 +73,16 @@ def test_the_first_of_equal_spacings_is_the_default_axis() -> None:
     assert mask.sum() == 9
 
 
+def test_a_2d_image_has_rows_or_scribbles_not_all_of_its_pixels() -> None:
+    label = np.zeros((1, 11, 12), int)
+    label[0, 3:6, 3:6] = 1
+    rows = Planes(5).mask(label, (999, 1, 1), ignore=IGNORE, case="a")
+    assert sorted(set(np.nonzero(rows)[1])) == [5, 10]
+    assert rows.sum() == 2 * 12
+    assert Planes(5, axes=(2,)).mask(label, (999, 1, 1), ignore=IGNORE, case="a").sum() == 2 * 11
+    assert 0 < Scribbles().mask(label, (999, 1, 1), ignore=IGNORE, case="a").mean() < 0.5
+
+
 def test_an_ignore_label_of_the_original_is_extended(
     original: Path, save: Callable[..., None]
 ) -> None:

@@ -14,7 +14,8 @@ from nnunetv2.experiment_planning import plan_and_preprocess_api as stock
 
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.raw_dataset import FULL_LABELS_FOLDER
-from nnmosaic.pipeline.plan_and_preprocess import PlanRequest, plan_and_preprocess
+from nnmosaic.pipeline.plan_and_preprocess import plan_and_preprocess
+from nnmosaic.pipeline.plan_request import PlanRequest
 from nnmosaic.pipeline.workspace import Workspace, open_workspace
 from nnmosaic.planners.ledger import Ledger, ledger_path
 from nnmosaic.planners.plans_section import RunSettings, read_section
@@ -156,6 +157,20 @@ def test_only_changed_references_are_copied(tmp_path: Path) -> None:
     copy_references(labels, copies, ".nii.gz")
     written = {path.name: path.read_text() for path in copies.iterdir()}
     assert written == {"a.nii.gz": "kept", "b.nii.gz": "new"}
+
+
+def test_full_references_that_left_the_dataset_are_deleted(tmp_path: Path) -> None:
+    labels = {case: tmp_path / case for case in ("a", "b")}
+    for label in labels.values():
+        label.write_text("label")
+    folders = [tmp_path / name for name in (FULL_REFERENCES_FOLDER, "gt_segmentations")]
+    for folder in folders:
+        copy_references(labels, folder, ".nii.gz")
+        copy_references({"b": labels["b"]}, folder, ".nii.gz")
+    assert [path.name for path in folders[0].iterdir()] == ["b.nii.gz"]
+    assert len(list(folders[1].iterdir())) == 2
+    copy_references({}, folders[0], ".nii.gz")
+    assert list(folders[0].iterdir()) == []
 
 
 def test_two_commands_do_not_prepare_one_dataset(here: Workspace) -> None:

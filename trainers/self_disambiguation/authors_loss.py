@@ -2,9 +2,10 @@
 
 They are here for comparison; `loss.py` holds our own. Nothing in this module sums over the batch:
 each sample is scored alone. A sample that holds the ignore label is scored by its completely
-annotated planes, in each of which only the classes that occur there count as annotated (2.4). Two
-departures: the background of such a plane is the sum of its own group, not of all classes (2.7,
-number 1), and what occurs is judged in the plane of the patch, where the authors look at the whole
+annotated planes, in each of which only the classes that occur there count as annotated (2.4). Three
+departures: a dense sample has the classes that its source declares, not those found in the image
+(2.7, number 2); the background of a plane is the sum of its own group, not of all classes (2.7,
+number 1); and what occurs is judged in the plane of the patch, where the authors look at the whole
 plane of the image, which a loss does not know. A patch that was rotated cuts annotated planes
 obliquely; it has no complete plane and contributes nothing.
 """

@@ -10,22 +10,15 @@ from nnmosaic.trainers.self_disambiguation.ambiguity import (
     teacher_cross_entropy,
 )
 from nnmosaic.trainers.self_disambiguation.loss import group_log_probabilities
-
-B, C, SPATIAL, IGNORE = 2, 5, (3, 4, 5), 5
-PARTIAL = torch.tensor([[0, 1, 0, 3, 0], [0, 1, 2, 3, 4]])
-MERGED = torch.tensor([[0, 1, 1, 3, 0], [0, 1, 2, 3, 4]])
-COMPLETE = torch.arange(C).repeat(B, 1)
-
-
-def golden_logits() -> Tensor:
-    i = torch.arange(B * C * 60, dtype=torch.float64)
-    return (2 * torch.sin(0.7 * i + 0.3) + 0.5 * torch.cos(0.13 * i)).view(B, C, *SPATIAL)
-
-
-def golden_target(table: Tensor = PARTIAL) -> Tensor:
-    raw = ((7 * torch.arange(B * 60) + 3) % 11).view(B, 1, *SPATIAL)
-    raw = torch.where(raw > 4, 0, raw)
-    return torch.stack([table[b][raw[b]] for b in range(B)])
+from tests.trainers.self_disambiguation.golden import (
+    COMPLETE,
+    IGNORE,
+    MERGED,
+    PARTIAL,
+    C,
+    golden_logits,
+    golden_target,
+)
 
 
 def each_voxel(z: Tensor, y: Tensor, table: Tensor) -> Tensor:

@@ -13,24 +13,18 @@ from nnmosaic.trainers.self_disambiguation.authors_loss import (
     authors_terms,
     full_entropy,
 )
+from tests.trainers.self_disambiguation.golden import (
+    IGNORE,
+    PARTIAL,
+    SPATIAL,
+    B,
+    C,
+    golden_logits,
+    golden_target,
+)
 
-B, C, SPATIAL = 2, 5, (3, 4, 5)
-PARTIAL = torch.tensor([[0, 1, 0, 3, 0], [0, 1, 2, 3, 4]])
 MERGED = torch.tensor([[0, 1, 1, 3, 0], [0, 1, 2, 3, 3]])
 NOTHING = torch.zeros_like(PARTIAL)
-IGNORE = 5
-
-
-def golden_logits() -> Tensor:
-    i = torch.arange(B * C * 60, dtype=torch.float64)
-    return (2 * torch.sin(0.7 * i + 0.3) + 0.5 * torch.cos(0.13 * i)).view(B, C, *SPATIAL)
-
-
-def golden_target(table: Tensor = PARTIAL) -> Tensor:
-    """Return the stored labels: each class as its representative, everything else 0."""
-    raw = ((7 * torch.arange(B * 60) + 3) % 11).view(B, 1, *SPATIAL)
-    raw = torch.where(raw > 4, 0, raw)
-    return torch.stack([table[b][raw[b]] for b in range(B)])
 
 
 def only_planes(target: Tensor, *, z: tuple[int, ...] = (), y: tuple[int, ...] = ()) -> Tensor:
