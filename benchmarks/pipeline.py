@@ -26,6 +26,12 @@ COMPLETE = "Dataset001_Hippocampus"
 LABELS = {"background": 0, "anterior": 1, "posterior": 2}
 FOLDS = ("0", "1", "2", "3", "4")
 STEPS, WARM_UP = 60, 5
+STEP_VARIANTS: Mapping[str, Mapping[str, str] | None] = {"stock": None, "nnMosaic": {}}
+# Odd numbers belong to a source that annotates "anterior", even ones to "posterior".
+SOURCES = {
+    "A": {"pattern": "[13579]$", "annotated": ["anterior"]},
+    "P": {"pattern": "[02468]$", "annotated": ["posterior"]},
+}
 
 # nnU-Net's trainer lookup needs two operators where torchvision is built for another torch.
 STOCK = """
@@ -149,63 +155,77 @@ def plan_for_cpu(work: Path) -> None:
     write_json(plans, folder / "nnUNetPlans.json")
 
 
-def _trainer(work: Path, cls: type, *, declared: bool) -> Any:
-    import torch
+def make_trainer(work: Path, options: Mapping[str, str] | None) -> Any:
+    """Return a trainer of fold 0 of the CPU plan.
 
-    folder = work / "nnUNet_preprocessed" / COMPLETE
-    content = read_json(folder / "dataset.json")
-    if declared:
-        # Odd numbers belong to a source that annotates "anterior", even ones to "posterior".
-        sources = {
-            "A": {"pattern": "[13579]$", "annotated": ["anterior"]},
-            "P": {"pattern": "[02468]$", "annotated": ["posterior"]},
-        }
-        content["partial_labels"] = {"sources": sources}
-    plans = {**read_json(folder / "nnUNetPlans.json"), "continue_training": False}
-    return cls(plans, "3d_fullres", 0, content, torch.device("cpu"))
-
-
-def time_training_step(work: Path) -> dict[str, list[float]]:
-    """Time single steps on the same batches, with labels that fit the declared source."""
+    Parameters
+    ----------
+    options : mapping, optional
+        Of self-disambiguation, on two half labelled sources; None: stock nnU-Net.
+    """
     import torch
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+    from nnmosaic.planners.plans_section import RunSettings
     from nnmosaic.trainers.self_disambiguation.trainer import nnUNetTrainerSelfDisambiguation
 
-    os.environ["nnUNet_n_proc_DA"] = "0"  # batches are made before the steps
+    folder = work / "nnUNet_preprocessed" / COMPLETE
+    content = read_json(folder / "dataset.json")
+    plans = {**read_json(folder / "nnUNetPlans.json"), "continue_training": False}
+    arguments = (plans, "3d_fullres", 0, content, torch.device("cpu"))
+    if options is None:
+        return nnUNetTrainer(*arguments)
+    content["partial_labels"] = {"sources": SOURCES}
+    trainer = nnUNetTrainerSelfDisambiguation(*arguments)
+    trainer.request_settings(RunSettings(options=dict(options) or None))
+    return trainer
+
+
+def start(trainer: Any) -> Any:
+    """Seed everything, make the trainer ready, and return it."""
+    import torch
+
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     np.random.seed(0)
-    plain = _trainer(work, nnUNetTrainer, declared=False)
-    partial = _trainer(work, nnUNetTrainerSelfDisambiguation, declared=True)
-    plain.on_train_start()
-    partial.initialize()
+    os.environ["nnUNet_n_proc_DA"] = "0"  # batches are made in this process
+    trainer.on_train_start()
     del os.environ["nnUNet_n_proc_DA"]
-    batches = []
-    for _ in range(8):
-        batch = next(plain.dataloader_train)
-        for i, key in enumerate(batch["keys"]):
-            for level in batch["target"]:
-                level[i][level[i] != (1 if int(key[-1]) % 2 else 2)] = 0
-        batches.append(batch)
-    times: dict[str, list[float]] = {"stock": [], "nnMosaic": []}
+    return trainer
+
+
+def half_labelled(batch: dict[str, Any]) -> dict[str, Any]:
+    """Set to 0, in place, what the source of a sample does not annotate."""
+    for i, key in enumerate(batch["keys"]):
+        for level in batch["target"]:
+            level[i][level[i] != (1 if int(key[-1]) % 2 else 2)] = 0
+    return batch
+
+
+def time_training_step(
+    work: Path, variants: Mapping[str, Mapping[str, str] | None]
+) -> dict[str, list[float]]:
+    """Time single steps of all variants on the same batches, alternating."""
+    trainers = {name: start(make_trainer(work, options)) for name, options in variants.items()}
+    loader = next(iter(trainers.values())).dataloader_train
+    batches = [half_labelled(next(loader)) for _ in range(8)]
+    times: dict[str, list[float]] = {name: [] for name in variants}
     for step in range(WARM_UP + STEPS):
-        for name, trainer in (("stock", plain), ("nnMosaic", partial)):
-            start = time.perf_counter()
+        for name, trainer in trainers.items():
+            begin = time.perf_counter()
             trainer.train_step(batches[step % len(batches)])
             if step >= WARM_UP:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.perf_counter() - begin)
     return times
 
 
 def make_models(work: Path) -> None:
     """Write five untrained folds; the time of a prediction does not depend on the weights."""
     import torch
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     for fold in FOLDS:
         torch.manual_seed(int(fold))
-        trainer = _trainer(work, nnUNetTrainer, declared=False)
+        trainer = make_trainer(work, None)
         trainer.initialize()
         model = Path(trainer.output_folder_base)
         (model / f"fold_{fold}").mkdir(parents=True, exist_ok=True)
@@ -305,7 +325,7 @@ def main() -> None:
         work / "preprocessing.json", lambda: time_preparation(work, COMPLETE, options.repeats)
     )
     plan_for_cpu(work)
-    steps = finished(work / "steps.json", lambda: time_training_step(work))
+    steps = finished(work / "steps.json", lambda: time_training_step(work, STEP_VARIANTS))
     make_models(work)
     prediction = finished(
         work / f"prediction_{options.cases}.json", lambda: time_prediction(work, options.repeats)

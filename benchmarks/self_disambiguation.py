@@ -94,7 +94,7 @@ SETTINGS = {
         {"oracle": ORACLE, "ours": Row(("Merged",)), MISSING: Row(("Merged",), PLAIN)},
     ),
     "sparse": Setting(
-        "Hippocampus, every 5th plane (ours is nnU-Net's ignore label here: one source, all classes)",
+        "Hippocampus, every 5th plane (one source: ours is nnU-Net's ignore label here)",
         "hippocampus",
         {"oracle": ORACLE, "ours": Row(("Sparse",)), MISSING: Row(("SparseZeros",), PLAIN)},
     ),

@@ -10,6 +10,11 @@ from nnmosaic.data_conversion.dataset_json import DatasetJson, parse_dataset_jso
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.pipeline.text_table import as_text
 
+TITLES = {
+    "not_annotated": "Where not annotated",
+    "ignored_voxels": "Annotated classes at ignored voxels",
+}
+
 
 def evaluate(
     references: Path,
@@ -60,8 +65,7 @@ def evaluate(
     write_figure(summary, output.parent, file_ending=dataset.file_ending)
     warnings = [f"Warning: {warning}" for warning in summary["warnings"]]
     tables = [_table(summary)]
-    if summary["not_annotated"]:
-        tables.append(_unannotated_table(summary))
+    tables += [_unlabelled_table(summary, kind) for kind in TITLES if summary[kind]]
     return "\n".join([*tables, *warnings])
 
 
@@ -97,14 +101,14 @@ def _table(summary: dict[str, Any]) -> str:
     return as_text(table)
 
 
-def _unannotated_table(summary: dict[str, Any]) -> str:
+def _unlabelled_table(summary: dict[str, Any], kind: str) -> str:
     from nnmosaic.trainers.validation_figure import volume_text
 
     table = Table(
         "class", "source", "cases", "predicted mL", "full references", "Dice", "recall",
-        "false positive mL", title="Where not annotated (mean per case)",
+        "false positive mL", title=f"{TITLES[kind]} (mean per case)",
     )  # fmt: skip
-    for source, row in summary["not_annotated"].items():
+    for source, row in summary[kind].items():
         for key, score in row.items():
             known: list[str] = []
             if "full_cases" in score:

@@ -1,14 +1,11 @@
 """Fingerprint, plans, folds and preprocessing of one dataset, in one command."""
 
-import copy
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,12 @@ from nnmosaic.data_conversion.atomic_write import read_json, write_json
 from nnmosaic.data_conversion.dataset_json import DatasetJson, read_dataset_json
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.raw_dataset import Case, training_cases
+from nnmosaic.pipeline.defaults import DEFAULT_PLANS
 from nnmosaic.pipeline.lock import exclusive
+from nnmosaic.pipeline.measured_plans import fit_to_minutes, fitted_before, with_speeds
+from nnmosaic.pipeline.plan_request import PlanRequest
 from nnmosaic.pipeline.progress import progress
-from nnmosaic.pipeline.speed import measure_speed
 from nnmosaic.pipeline.workspace import Workspace
-from nnmosaic.planners.cpu_budget import Speed, fit_to_seconds, fitted_decisions, name_of
 from nnmosaic.planners.fingerprint import (
     contents_of,
     extract_fingerprint,
@@ -29,12 +27,7 @@ from nnmosaic.planners.fingerprint import (
 )
 from nnmosaic.planners.ledger import configuration_digest
 from nnmosaic.planners.method_memory import memory_factor
-from nnmosaic.planners.plans_section import (
-    PlanningResult,
-    PlansSection,
-    read_section,
-    write_section,
-)
+from nnmosaic.planners.plans_section import PlanningResult
 from nnmosaic.planners.preprocessing import (
     FULL_REFERENCES_FOLDER,
     copy_references,
@@ -49,86 +42,6 @@ logger = logging.getLogger(__name__)
 
 NETWORK = ("architecture", "spacing", "normalization_schemes", "inherits_from")
 """Entries of a configuration that all folds of a model must share."""
-DEFAULT_FOLDS = 5
-DEFAULT_PLANS = "nnUNetPlans"
-DEFAULT_TRAINER = "nnUNetTrainerSelfDisambiguation"
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What plans are asked to fit.
-
-    Attributes
-    ----------
-    planner : str, optional
-        Class name of a planner of nnMosaic or nnU-Net. Default: MosaicPlanner, or the small-machine
-        planner for a CPU or for less memory than nnU-Net's smallest preset.
-    plans_name : str, optional
-        Default: the planner's.
-    memory_gb : float, optional
-        GPU memory to plan for.
-    trainer : str, optional
-        Class name; patch and batch leave room for what its method needs.
-    device : {"cpu"}, optional
-        Plan for a machine without a GPU.
-    minutes : float, optional
-        For the CPU: time for all folds together; network and steps are chosen to fit it.
-    folds : int
-        Folds that will be trained in these minutes.
-    cores : int, optional
-        Threads of the training in these minutes. Default: all cores.
-    keep_plans : bool
-        Do not plan: take the plans file as it is, for example edited by hand.
-    configuration : str, optional
-        What the minutes are for.
-    measure : bool
-        Train some steps of each configuration and note time and memory in the plans.
-    """
-
-    planner: str | None = None
-    plans_name: str | None = None
-    memory_gb: float | None = None
-    trainer: str | None = None
-    device: str | None = None
-    minutes: float | None = None
-    folds: int = DEFAULT_FOLDS
-    cores: int | None = None
-    keep_plans: bool = False
-    configuration: str | None = None
-    measure: bool = False
-
-    def __post_init__(self) -> None:
-        if self.device is not None and (self.planner or self.memory_gb):
-            raise InputError(
-                "--device cpu has a planner of its own: leave -pl and --memory_gb out."
-            )
-        if self.keep_plans and (self.planner or self.memory_gb or self.device):
-            raise InputError(
-                "--keep_plans takes the plans file as it is: leave -pl, --memory_gb and --device "
-                "out."
-            )
-        if self.minutes is not None and self.device is None:
-            raise InputError("--minutes plans for a CPU: add --device cpu.")
-        if self.cores is not None and self.minutes is None:
-            raise InputError("--cores are those that train for some --minutes: give both.")
-        present = os.cpu_count() or 1
-        if self.cores is not None and self.cores > present:
-            raise InputError(
-                f"--cores {self.cores}: this machine has {present}, and the time of a step is "
-                "measured here. Plan on the machine that trains."
-            )
-
-    def budget(self) -> dict[str, Any]:
-        """Return what a measured CPU plan is made for, as its plans hold it."""
-        cores = {"cores": self.cores} if self.cores else {}
-        return {
-            "device": "cpu",
-            "minutes": self.minutes,
-            "folds": self.folds,
-            "configuration": self.configuration,
-            "trainer": _trainer(self),
-            **cores,
-        }
 
 
 def plan(workspace: Workspace, identifier: str, request: PlanRequest) -> PlanningResult:
@@ -179,18 +92,12 @@ def plan_and_preprocess(
         If the dataset is broken, or if the plans would change the network of trained folds; nothing
         is planned then.
     """
-    request = request or PlanRequest()
-    if request.minutes is not None:
-        if len(configurations) != 1:
-            raise InputError(
-                "--minutes is the time of one configuration: give exactly one with -c."
-            )
-        request = replace(request, configuration=configurations[0])
+    request = (request or PlanRequest()).of(configurations)
     with _opened(workspace, identifier) as (dataset, cases, folder), worker_pool(1) as planning:
         fingerprint = _fingerprint(cases, dataset, folder, _threads(workers))
         _check_trainer(request, planning)
         result = _plan(folder, request, dataset, planning)
-        fitted = _fitted_before(result.plans, folder, request)
+        fitted = fitted_before(result.plans, folder, request)
         plans = fitted or result.plans
         known = _known_configurations(configurations, plans)
         if not request.keep_plans:
@@ -205,7 +112,7 @@ def plan_and_preprocess(
                 logger.warning("No folds: %s", problem)
             if request.minutes is not None:
                 if fitted is None:
-                    fitted = _fit(result.plans, request, folder, len(cases), planning)
+                    fitted = fit_to_minutes(result.plans, request, folder, len(cases), planning)
                     _write_plans(fitted, folder, workspace)
                     labels = dataset.content["labels"]
                     digests = {configuration_digest(p, known[0], labels) for p in (plans, fitted)}
@@ -213,7 +120,7 @@ def plan_and_preprocess(
                         preprocess(fitted)
                 result = call_one(planning, "describe", fitted)
             elif request.measure:
-                measured = _measured(plans, known, request, folder)
+                measured = with_speeds(plans, known, request, folder)
                 _write_plans(measured, folder, workspace)
                 result = replace(result, plans=measured)
     return result
@@ -378,107 +285,3 @@ def _preprocess(
         folder / FULL_REFERENCES_FOLDER,
         dataset.file_ending,
     )
-
-
-# -------------------------------------------------------------------- minutes on a CPU
-
-
-def _fitted_before(
-    plans: dict[str, Any], folder: Path, request: PlanRequest
-) -> dict[str, Any] | None:
-    """Return the plans in the file if they were fitted from the same plans to the same minutes.
-
-    A measurement never comes out twice the same, and trained folds must keep their network.
-    """
-    plans_file = _plans_file(folder, plans)
-    if request.minutes is None or not plans_file.is_file():
-        return None
-    before: dict[str, Any] = read_json(plans_file)
-    budget = read_section(before).budget
-    wanted = request.budget()
-    if "minutes" in budget and budget["configuration"] != wanted["configuration"]:
-        raise InputError(
-            f"{plans_file} fits {budget['configuration']} into its minutes. Give the plans of "
-            f"{wanted['configuration']} another name with -overwrite_plans_name."
-        )
-    return before if budget == {**wanted, "planned_from": _digest(plans, request)} else None
-
-
-def _fit(
-    plans: dict[str, Any],
-    request: PlanRequest,
-    folder: Path,
-    number_of_cases: int,
-    pool: Executor,
-) -> dict[str, Any]:
-    configuration = str(request.configuration)
-    if "architecture" not in plans["configurations"][configuration]:
-        raise InputError(
-            f"--minutes cannot choose a network for {configuration}, which inherits that of "
-            "another configuration. Plan for the other one."
-        )
-    budget = {**request.budget(), "planned_from": _digest(plans, request)}
-
-    def planned(size: float) -> dict[str, Any]:
-        if size == 1:
-            return plans
-        options = {"plans_name": request.plans_name, "device": "cpu", "size": size}
-        smaller: PlanningResult = call_one(pool, "plan", folder.name, **options)
-        return smaller.plans
-
-    def measure(candidate: dict[str, Any]) -> Speed:
-        logger.info("Measuring steps of %s", name_of(candidate, configuration))
-        # With the budget, so that the steps get the cores of the training.
-        write_section(candidate, replace(read_section(candidate), budget=budget))
-        return measure_speed(candidate, configuration, _trainer(request), folder)
-
-    fit = fit_to_seconds(
-        planned,
-        measure,
-        configuration,
-        read_section(plans).run_settings,
-        seconds=60 * float(request.minutes or 0) / request.folds,
-        validation_cases=_validation_cases(folder, number_of_cases),
-    )
-    section = read_section(fit.plans)
-    own = fitted_decisions(fit, configuration, request.folds)
-    kept = [d for d in section.decisions if d.what not in {decision.what for decision in own}]
-    expected = {configuration: fit.numbers()}
-    write_section(fit.plans, PlansSection(budget, fit.settings, (*kept, *own), expected))
-    return fit.plans
-
-
-def _validation_cases(folder: Path, number_of_cases: int) -> int:
-    """Return the cases of the largest fold."""
-    splits = folder / "splits_final.json"
-    if splits.is_file():
-        return max(len(fold["val"]) for fold in read_json(splits))
-    return number_of_cases  # too few for folds: fold "all" is validated on all of them
-
-
-def _measured(
-    plans: dict[str, Any], configurations: Sequence[str], request: PlanRequest, folder: Path
-) -> dict[str, Any]:
-    """Return the plans with the speed of each configuration in them."""
-    expected = {}
-    for name in configurations:
-        if "previous_stage" in plans["configurations"][name]:
-            logger.info("%s needs predictions of another stage: not measured", name)
-            continue
-        logger.info("Measuring steps of %s", name)
-        expected[name] = asdict(
-            measure_speed(plans, name, _trainer(request), folder, request.device)
-        )
-    measured = copy.deepcopy(plans)
-    write_section(measured, replace(read_section(plans), expected=expected))
-    return measured
-
-
-def _trainer(request: PlanRequest) -> str:
-    return request.trainer or DEFAULT_TRAINER
-
-
-def _digest(plans: dict[str, Any], request: PlanRequest) -> str:
-    """Return a digest of what the fit began with: the configuration alone."""
-    text = json.dumps(plans["configurations"][str(request.configuration)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

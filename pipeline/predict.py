@@ -67,28 +67,19 @@ def predict(
     InputError
         If the folder or the model cannot be used at all.
     """
-    if not (model / "dataset.json").is_file():
-        raise InputError(f"{model} is no trained model: it has no dataset.json. Train first.")
-    dataset = parse_dataset_json(
-        read_json(model / "dataset.json"), where=str(model / "dataset.json")
-    )
+    dataset = _dataset_of(model)
     cases, failures = find_image_cases(
         images, file_ending=dataset.file_ending, num_channels=len(dataset.channel_names)
     )
+    from nnmosaic.pipeline.device import choose_device
     from nnmosaic.trainers.predictor import available_folds, load_predictor
 
     folds = folds or available_folds(model, checkpoint)
     made_with = _made_with(model, folds, checkpoint, step_size=step_size, mirroring=mirroring)
-    suffixes = [dataset.file_ending, *([".npz"] if save_probabilities else [])]
     if skip_existing and _was_made_with(made_with, output):
-        cases = [
-            case
-            for case in cases
-            if not all((output / f"{case.identifier}{s}").is_file() for s in suffixes)
-        ]
+        suffixes = (dataset.file_ending, ".npz") if save_probabilities else (dataset.file_ending,)
+        cases = [case for case in cases if not _is_predicted(case, output, suffixes)]
     if cases:
-        from nnmosaic.pipeline.device import choose_device
-
         predictor = load_predictor(
             model,
             folds=folds,
@@ -97,16 +88,18 @@ def predict(
             step_size=step_size,
             mirroring=mirroring,
         )
-        if predictor.configuration_manager.previous_stage_name and previous_stage is None:
-            raise InputError("This is the second stage of a cascade: give -prev_stage_predictions.")
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(made_with, output / MADE_WITH)
-        for name in ("dataset.json", "plans.json"):  # for ensemble, and nnU-Net's own tools
-            shutil.copyfile(model / name, output / name)
         run = _Run(dataset, predictor, output, save_probabilities, previous_stage)
+        _begin_output(output, model, made_with)
         failures.update(run.all_cases(cases, workers or min(4, os.cpu_count() or 1)))
     _write_failures(failures, output)
     return failures
+
+
+def _dataset_of(model: Path) -> DatasetJson:
+    path = model / "dataset.json"
+    if not path.is_file():
+        raise InputError(f"{model} is no trained model: it has no dataset.json. Train first.")
+    return parse_dataset_json(read_json(path), where=str(path))
 
 
 def _made_with(
@@ -126,6 +119,17 @@ def _was_made_with(made_with: dict[str, Any], output: Path) -> bool:
     return same
 
 
+def _is_predicted(case: Case, output: Path, suffixes: Sequence[str]) -> bool:
+    return all((output / f"{case.identifier}{suffix}").is_file() for suffix in suffixes)
+
+
+def _begin_output(output: Path, model: Path, made_with: dict[str, Any]) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(made_with, output / MADE_WITH)
+    for name in ("dataset.json", "plans.json"):  # for ensemble, and nnU-Net's own tools
+        shutil.copyfile(model / name, output / name)
+
+
 class _Run:
     """One prediction run: reading, predicting and writing overlap, case by case."""
 
@@ -137,6 +141,8 @@ class _Run:
         save_probabilities: bool,
         previous_stage: Path | None,
     ) -> None:
+        if predictor.configuration_manager.previous_stage_name and previous_stage is None:
+            raise InputError("This is the second stage of a cascade: give -prev_stage_predictions.")
         self.dataset, self.predictor, self.output = dataset, predictor, output
         self.save_probabilities, self.previous_stage = save_probabilities, previous_stage
         self.partial = output / f"{PARTIAL}_{os.getpid()}"

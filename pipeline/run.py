@@ -8,7 +8,8 @@ from nnmosaic.data_conversion.atomic_write import read_json
 from nnmosaic.data_conversion.dataset_json import read_dataset_json
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.pipeline.device import choose_device
-from nnmosaic.pipeline.plan_and_preprocess import PlanRequest, plan_and_preprocess
+from nnmosaic.pipeline.plan_and_preprocess import plan_and_preprocess
+from nnmosaic.pipeline.plan_request import PlanRequest
 from nnmosaic.pipeline.predict import predict
 from nnmosaic.pipeline.train import FINAL, is_finished, model_folder, train
 from nnmosaic.pipeline.workspace import Workspace
@@ -62,10 +63,8 @@ def run(
     plan_and_preprocess(workspace, identifier, [configuration], request)
     dataset = read_dataset_json(workspace.preprocessed / workspace.dataset(identifier))
     for fold in folds:
-        folder = model / f"fold_{fold}"
-        if is_finished(folder, trainer, dataset):
-            final = folder / FINAL
-            settings.refuse_other(stored_settings(final), str(final))
+        if is_finished(model / f"fold_{fold}", trainer, dataset):
+            _refuse_other_settings(model / f"fold_{fold}" / FINAL, settings)
             logger.info("Fold %s is finished", fold)
             continue
         train(
@@ -79,6 +78,10 @@ def run(
             device=device,
         )
     return predict(images, output, model, folds=folds, skip_existing=True, device=device)
+
+
+def _refuse_other_settings(checkpoint: Path, settings: RunSettings) -> None:
+    settings.refuse_other(stored_settings(checkpoint), str(checkpoint))
 
 
 def _refuse_other_minutes(folder: Path, plans_name: str, minutes: float | None) -> None:

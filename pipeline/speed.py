@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.pipeline.exit_codes import BAD_INPUT
 from nnmosaic.planners.cpu_budget import Speed
 
-BAD_INPUT = 2
 WARM_UP_STEPS = 3
 SECONDS_OF_STEPS = 10.0
 MIN_STEPS = 5

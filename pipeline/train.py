@@ -68,11 +68,10 @@ def train(
     if resume and (only_validate or pretrained_weights):
         raise InputError("--c continues a training: it cannot be combined with --val or weights.")
     dataset = workspace.dataset(identifier)
-    preprocessed = workspace.preprocessed / dataset
-    _check_preprocessed(preprocessed, plans_name, configuration, identifier)
-    folder = (
-        model_folder(workspace, identifier, configuration, trainer, plans_name) / f"fold_{fold}"
-    )
+    preprocessed, raw = workspace.preprocessed / dataset, workspace.raw / dataset
+    _check_preprocessed(preprocessed, raw, plans_name, configuration, identifier)
+    model = model_folder(workspace, identifier, configuration, trainer, plans_name)
+    folder = model / f"fold_{fold}"
     chosen = _check_request(trainer, settings, device, num_gpus)
     checkpoint = _checkpoint(
         folder,
@@ -80,20 +79,14 @@ def train(
         only_validate=only_validate,
         finished=is_finished(folder, trainer, read_dataset_json(preprocessed)),
     )
-    if checkpoint is not None and pretrained_weights is not None:
-        raise InputError(
-            f"-pretrained_weights begins a training, but {checkpoint} exists. Move {folder} away."
-        )
+    _refuse_weights_over(checkpoint, pretrained_weights)
     folder.mkdir(parents=True, exist_ok=True)
     arguments = (
         preprocessed, configuration, fold, trainer, plans_name, settings, checkpoint,
         only_validate, save_probabilities, pretrained_weights,
     )  # fmt: skip
     with exclusive(folder / ".training.lock", "trains this fold"):
-        if num_gpus > 1:
-            _train_on_gpus(num_gpus, arguments)
-        else:
-            _train(*arguments, device=chosen)
+        _train_on(chosen, num_gpus, arguments)
 
 
 def is_finished(fold_folder: Path, trainer: str, dataset: DatasetJson) -> bool:
@@ -122,7 +115,9 @@ def _check_request(trainer: str, settings: RunSettings, device: str | None, num_
     return choose_device("cuda" if num_gpus > 1 else device)
 
 
-def _check_preprocessed(folder: Path, plans_name: str, configuration: str, identifier: str) -> None:
+def _check_preprocessed(
+    folder: Path, raw: Path, plans_name: str, configuration: str, identifier: str
+) -> None:
     cure = f"Run: nnmosaic plan_and_preprocess -d {identifier} -c {configuration}"
     plans_file = folder / f"{plans_name}.json"
     if not plans_file.is_file():
@@ -134,9 +129,13 @@ def _check_preprocessed(folder: Path, plans_name: str, configuration: str, ident
     data = folder / data_identifier(plans, configuration)
     if not data.is_dir() or not any(data.iterdir()):
         raise InputError(f"{data} holds no preprocessed data. {cure}")
+    declared = read_json(folder / "dataset.json")
+    raw_file = raw / "dataset.json"
+    for key in ("labels", "partial_labels") if raw_file.is_file() else ():
+        if read_json(raw_file).get(key) != declared.get(key):
+            raise InputError(f"{raw_file}: {key} changed after preprocessing. {cure}")
     ledger = Ledger(ledger_path(data))
-    labels = read_json(folder / "dataset.json")["labels"]
-    if not ledger.fits(configuration_digest(plans, configuration, labels)):
+    if not ledger.fits(configuration_digest(plans, configuration, declared["labels"])):
         raise InputError(f"{data} was preprocessed for other plans or labels. {cure}")
     missing = ledger.missing()
     if missing:
@@ -170,6 +169,14 @@ def _checkpoint(folder: Path, *, resume: bool, only_validate: bool, finished: bo
     if newest is not None:
         logger.info("Continuing from %s", newest)
     return newest
+
+
+def _refuse_weights_over(checkpoint: Path | None, weights: Path | None) -> None:
+    if checkpoint is not None and weights is not None:
+        raise InputError(
+            f"-pretrained_weights begins a training, but {checkpoint} exists. Move "
+            f"{checkpoint.parent} away."
+        )
 
 
 def _train(
@@ -222,7 +229,10 @@ def _load_pretrained(trainer: Any, path: Path) -> None:
         raise InputError(f"{path} does not fit this network: {error}") from None
 
 
-def _train_on_gpus(num_gpus: int, arguments: tuple[Any, ...]) -> None:
+def _train_on(device: Any, num_gpus: int, arguments: tuple[Any, ...]) -> None:
+    if num_gpus == 1:
+        _train(*arguments, device=device)
+        return
     import torch
     from nnunetv2.run.run_training import find_free_network_port
 

@@ -11,8 +11,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 from nnmosaic.data_conversion.atomic_write import write_json
 from nnmosaic.data_conversion.dataset_json import DatasetJson
 from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.planners import NUM_FOLDS
 
-NUM_FOLDS = 5
 SEED = 12345
 """nnU-Net's own."""
 

@@ -1,10 +1,12 @@
 """Synthetic raw datasets and workspaces, shared by all tests."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import SimpleITK
 
 from nnmosaic.pipeline.cli import main
+from nnmosaic.planners.worker_pool import start_server
 
 # nnU-Net reads its variables once, when it is imported: all tests share one workspace.
 WORKSPACE = Path(tempfile.mkdtemp(prefix="nnmosaic_tests_"))
@@ -20,9 +23,28 @@ FOLDERS = [WORKSPACE / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "n
 os.environ.update({folder.name: str(folder) for folder in FOLDERS})
 os.environ["nnUNet_def_n_proc"] = "1"  # each is a process that imports torch
 os.environ["nnUNet_n_proc_DA"] = "0"
+os.environ["MATPLOTLIBRC"] = str(Path(__file__).parent / "matplotlibrc")
 
 SHAPE = (20, 24, 22)
 SPACING = (1.0, 1.25, 0.8)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _workers_that_start_at_once() -> Iterator[None]:
+    """Fork nnU-Net's workers from a server that has torch imported; it spawns two per training.
+
+    The tests that start commands in processes of their own leave nnU-Net as it is.
+    """
+    get_context = multiprocessing.get_context
+
+    def forked(method: str | None = None) -> BaseContext:
+        if method == "spawn" and "forkserver" in multiprocessing.get_all_start_methods():
+            return start_server()
+        return get_context(method)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, "get_context", forked)
+        yield
 
 
 def save_image(path: Path, array: np.ndarray, **geometry: Any) -> None:
@@ -169,13 +191,16 @@ def make_trainer(prepared: Path, plans_of: Callable[..., Any]) -> Callable[..., 
 
 @pytest.fixture
 def trained(prepared: Path, model_cache: Path) -> Path:
-    """Return a prepared workspace with two trained folds of dataset 7, and 3 images to predict."""
+    """Return a prepared workspace with two trained folds of dataset 7, and 3 images to predict.
+
+    Fold 0 has learnt both classes; fold 1 has made three steps.
+    """
     if model_cache.is_dir():
         shutil.copytree(model_cache, prepared, symlinks=True, dirs_exist_ok=True)
         return prepared
-    short = ["--epochs", "1", "--iterations_per_epoch", "30", "--val_iterations_per_epoch", "1"]
-    for fold in ("0", "1"):
-        assert main(["train", "7", "3d_fullres", fold, "--seed", fold, *short]) == 0
+    short = ["--epochs", "1", "--val_iterations_per_epoch", "1", "--npz", "--iterations_per_epoch"]
+    for fold, steps in (("0", "30"), ("1", "3")):
+        assert main(["train", "7", "3d_fullres", fold, "--seed", fold, *short, steps]) == 0
     for i in range(3):
         image, _ = synthetic_case(100 + i)
         save_image(prepared / "images" / f"new{i}_0000.nii.gz", image)

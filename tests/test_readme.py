@@ -135,9 +135,7 @@ def test_the_complete_run_works_as_written(tmp_path: Path) -> None:
         assert long in script
         script = script.replace(long, short)
     command = ["bash", "-e", "-c", script]
-    run = subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True
-    )
+    run = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "nnUNet_raw, nnUNet_preprocessed, nnUNet_results not set" in run.stderr
     assert "posterior" in run.stdout.rpartition("┃ class")[2]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from nnmosaic.pipeline import cli
+from nnmosaic.pipeline import cli_models
 from nnmosaic.pipeline.cli import main
 
 COMMANDS = (
@@ -85,7 +85,7 @@ def test_unexpected_errors_are_one_line_or_a_traceback_on_request(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(cli, "_do_trainer_path", broken)
+    monkeypatch.setattr(cli_models, "_do_trainer_path", broken)
     assert main(["trainer_path"]) == 1
     line = (
         "nnmosaic trainer_path: ZeroDivisionError: a bug (run again with --debug for the traceback)"

@@ -56,6 +56,25 @@ def test_both_tables_and_the_warnings_are_printed(
     assert (tmp_path / "predictions" / "validation.png").is_file()
 
 
+def test_ignored_voxels_are_scored_against_full_references(
+    command: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    save: Callable[..., None],
+) -> None:
+    label = np.zeros((4, 4, 4), np.uint8)
+    label[0] = 1
+    sparse = np.where(np.arange(4)[:, None, None] % 2, label, 3).astype(np.uint8)
+    save(tmp_path / "labels" / "b.nii.gz", sparse)
+    labels = {**CONTENT["labels"], "ignore": 3}
+    content = {**CONTENT, "labels": labels, "partial_labels": {"sources": SOURCES}}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    assert main([*command, "--full", str(tmp_path / "full")]) == 0
+    out = capsys.readouterr().out
+    assert "Annotated classes at ignored voxels" in out
+    assert ["bright", "Bright", "1", "0.016", "1", "1.000", "1.000", "0"] in lines(out)
+
+
 def test_full_references_add_recall_and_false_positives(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

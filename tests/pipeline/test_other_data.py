@@ -11,7 +11,7 @@ import SimpleITK
 
 from nnmosaic.pipeline.cli import main
 
-SHORT = ("--epochs", "1", "--iterations_per_epoch", "20", "--val_iterations_per_epoch", "1")
+SHORT = ("--epochs", "1", "--iterations_per_epoch", "2", "--val_iterations_per_epoch", "1")
 
 
 @pytest.mark.slow

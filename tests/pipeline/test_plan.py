@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nnmosaic.pipeline import plan_and_preprocess as module
+from nnmosaic.pipeline import measured_plans as module
 from nnmosaic.pipeline.cli import main
 from nnmosaic.planners.cpu_budget import Speed
 from nnmosaic.planners.ledger import Ledger, configuration_digest, ledger_path

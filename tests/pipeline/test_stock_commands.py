@@ -1,7 +1,6 @@
 """Plain nnUNetv2_train and nnUNetv2_predict with nothing but nnUNet_extTrainer set."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK
+
+from nnmosaic.pipeline.cli import main
 
 TRAINER = "nnUNetTrainerSelfDisambiguation"
 MODEL = f"nnUNet_results/Dataset007_Merged/{TRAINER}__nnUNetPlans__3d_fullres"
@@ -25,26 +26,30 @@ except RuntimeError:
 """
 
 
-def stock(module: str, function: str, *arguments: str) -> None:
-    """Run an entry point of nnU-Net in a process of its own."""
+def stock(module: str, function: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start an entry point of nnU-Net in a process of its own."""
     call = f"import sys; sys.argv[0] = {function!r}; from {module} import {function} as f; f()"
-    path = subprocess.run(
-        [sys.executable, "-m", "nnmosaic.pipeline.cli", "trainer_path"],
-        check=True, capture_output=True, text=True,
-    ).stdout.strip()  # fmt: skip
-    environment = {**os.environ, "nnUNet_extTrainer": path}
-    subprocess.run([sys.executable, "-c", CURE + call, *arguments], check=True, env=environment)
+    return subprocess.Popen([sys.executable, "-c", CURE + call, *arguments])
 
 
 @pytest.mark.slow
-def test_stock_commands_train_and_predict_what_ours_do(prepared: Path, tmp_path: Path) -> None:
+def test_stock_commands_train_and_predict_what_ours_do(
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    capsys.readouterr()
+    assert main(["trainer_path"]) == 0
+    monkeypatch.setenv("nnUNet_extTrainer", capsys.readouterr().out.strip())
     plans_file = prepared / "nnUNet_preprocessed" / "Dataset007_Merged" / "nnUNetPlans.json"
     plans = json.loads(plans_file.read_text())
     short = {"epochs": 1, "iterations_per_epoch": 30, "val_iterations_per_epoch": 1}
     plans["nnmosaic"]["run_settings"].update(short)
     plans_file.write_text(json.dumps(plans))
     train = ("nnunetv2.run.run_training", "run_training_entry")
-    stock(*train, "7", "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu")
+    training = stock(*train, "7", "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu")
+    assert training.wait() == 0
     assert (prepared / MODEL / "fold_0" / "validation" / "summary_raw.json").is_file()
 
     images = prepared / "nnUNet_raw" / "Dataset007_Merged" / "imagesTr"
@@ -52,9 +57,9 @@ def test_stock_commands_train_and_predict_what_ours_do(prepared: Path, tmp_path:
     model = ("-d", "7", "-c", "3d_fullres", "-tr", TRAINER, "-f", "0")
     predict = ("nnunetv2.inference.predict_from_raw_data", "predict_entry_point")
     workers = ("-device", "cpu", "-npp", "1", "-nps", "1")
-    stock(*predict, "-i", str(images), "-o", str(theirs), *model, *workers)
-    command = [sys.executable, "-m", "nnmosaic.pipeline.cli", "predict"]
-    subprocess.run([*command, "-i", str(images), "-o", str(ours), *model], check=True)
+    prediction = stock(*predict, "-i", str(images), "-o", str(theirs), *model, *workers)
+    assert main(["predict", "-i", str(images), "-o", str(ours), *model]) == 0
+    assert prediction.wait() == 0
 
     differing = voxels = found = 0
     for path in sorted(theirs.glob("*.nii.gz")):

@@ -36,6 +36,34 @@ def test_incomplete_preprocessing_is_refused(
     assert "nnmosaic plan_and_preprocess -d 4 -c 3d_fullres" in line
 
 
+@pytest.mark.parametrize("key", ["labels", "partial_labels"])
+def test_a_dataset_json_that_changed_after_preprocessing_is_refused(
+    prepared: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    path = prepared / "nnUNet_raw" / "Dataset004_Balls" / "dataset.json"
+    content = json.loads(path.read_text())
+    content[key] = {**content.get(key, {}), "ignore": 3}
+    path.write_text(json.dumps(content))
+    line = message(capsys, TRAIN)
+    assert f"{path}: {key} changed after preprocessing. Run: nnmosaic plan_and_preprocess" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["entropy=full", "entropy=off"], "--set gives an option twice"),
+        (["speed=high"], "has no option 'speed'. It has loss_form (nnunet|authors)"),
+    ],
+)
+def test_wrong_options_are_refused(
+    prepared: Path, capsys: pytest.CaptureFixture[str], options: list[str], text: str
+) -> None:
+    flags = [word for option in options for word in ("--set", option)]
+    line = message(capsys, [*TRAIN, *flags])
+    assert text in line
+    assert not list((prepared / "nnUNet_results").iterdir())
+
+
 def test_data_of_other_plans_are_refused(
     prepared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -244,7 +244,7 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
 
     def _ramp(self) -> float:
         done = max((self.current_epoch + 1) / self.num_epochs, self._spent_budget())
-        return 1.0 if self.ramp == 0 else min(1.0, done / self.ramp)
+        return min(1.0, done / self.ramp) if self.ramp else 1.0
 
     # ---------------------------------------------------------------- teacher and heads
 
