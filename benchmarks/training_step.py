@@ -1,8 +1,8 @@
 """Time and memory of a training step with the options of self-disambiguation, against nnU-Net.
 
 ``python -m benchmarks.training_step --data MSD_FOLDER`` needs the hippocampus data of the Medical
-Segmentation Decathlon (imagesTr, labelsTr). Takes about 6 minutes on 2 cores; run nothing else
-meanwhile.
+Segmentation Decathlon (imagesTr, labelsTr). Takes about 10 minutes on 2 cores; run nothing else
+meanwhile. Finished parts are kept in ``--work``.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.pipeline import (
     STEPS,
+    finished,
     half_labelled,
     make_trainer,
     plan_for_cpu,
@@ -45,6 +46,15 @@ def peak_gigabytes(work: Path, variant: str) -> float:
     command += ["--memory", variant]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(json.loads(run.stdout.splitlines()[-1]))
+
+
+def measure_memory(work: Path) -> dict[str, list[float]]:
+    """Return the peak memory of every variant, several times."""
+    memory: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for _ in range(REPEATS):
+        for name in VARIANTS:
+            memory[name].append(peak_gigabytes(work, name))
+    return memory
 
 
 def train_for_memory(work: Path, variant: str) -> float:
@@ -100,11 +110,8 @@ def main() -> None:
         parser.error("--data is needed: the folder with imagesTr and labelsTr")
     prepare(options.data, work, 1)
     plan_for_cpu(work)
-    memory: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for _ in range(REPEATS):
-        for name in VARIANTS:
-            memory[name].append(peak_gigabytes(work, name))
-    times = time_training_step(work, VARIANTS)
+    times = finished(work / "steps.json", lambda: time_training_step(work, VARIANTS))
+    memory = finished(work / "memory.json", lambda: measure_memory(work))
     source = provenance()
     text = report(times, memory, source)
     write("training_step", {**source, "seconds": times, "peak_gb": memory}, text)
