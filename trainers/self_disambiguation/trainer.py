@@ -223,7 +223,6 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
         common: Mapping[str, Any],
     ) -> dict[str, Tensor]:
         features, self._features = self._features, None
-        heads = self._heads(features)
         names = [source.source for source in self.dataset.sources()]
         own: list[int | None] = []
         others: list[int | None] = []
@@ -234,9 +233,10 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
             own.append(s if s is not None and torch.equal(self._tables[s], row) else None)
             rest = [k for k in range(len(names)) if k != s]
             others.append(rest[int(torch.randint(len(rest), ()))] if rest else None)
+        mine, asked = self._heads(features, own, others)
         groups = plain_network(self._heads).groups
-        labelled = own_label_loss(heads, groups, target, own, **common)
-        agreement = consistency_loss(heads, logits, self._tables, target, table, others, **common)
+        labelled = own_label_loss(mine, groups, target, own, **common)
+        agreement = consistency_loss(asked, logits, self._tables, target, table, others, **common)
         return {
             "source_heads": labelled,
             "consistency": self.consistency_weight * self._ramp() * agreement,
@@ -253,11 +253,7 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
         if not (self.source_heads and self._has_sources):
             return super().configure_optimizers()
         last = plain_network(self.network).decoder.seg_layers[-1]
-        self._heads = SourceHeads(
-            last.in_channels,
-            self._tables.tolist(),
-            dimensions=len(self.configuration_manager.patch_size),
-        ).to(self.device)
+        self._heads = SourceHeads(last.in_channels, self._tables.tolist()).to(self.device)
 
         def keep_features(layer: nn.Module, inputs: tuple[Tensor]) -> None:
             if layer.training:  # not in a copy of the network, which evaluates only

@@ -191,10 +191,10 @@ class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.last = torch.nn.Conv3d(1, 6, 3, padding=1), torch.nn.Conv3d(6, 4, 1)
-        self.heads = SourceHeads(6, tables.tolist(), dimensions=3)
-    def forward(self, x):
+        self.heads = SourceHeads(6, tables.tolist())
+    def forward(self, x, own, others):
         features = torch.relu(self.first(x))
-        return self.last(features), self.heads(features)
+        return self.last(features), self.heads(features, own, others)
 model = Model().double()
 wrapped = model
 if ddp:
@@ -205,13 +205,13 @@ y, t, options = target[mine], table[mine], {"ignore_label": 4, "ddp": ddp}
 sources = [0, 1, 1, 0][mine]
 gradients = []
 for batch_dice in (True, False):
-    logits, parts = wrapped(data[mine])
+    others = [1 - s for s in sources]
+    logits, (own, asked) = wrapped(data[mine], sources, others)
     loss = GroupedDiceCELoss(None, batch_dice=batch_dice, **options)(logits, y, t)
     loss = loss + conditional_entropy(logits, y, t, **options)
     loss = loss + teacher_cross_entropy(logits, logits.flip(1), y, t, threshold=0.3, **options)
-    loss = loss + own_label_loss(parts, model.heads.groups, y, sources, **options)
-    others = [1 - s for s in sources]
-    loss = loss + consistency_loss(parts, logits, tables, y, t, others, **options)
+    loss = loss + own_label_loss(own, model.heads.groups, y, sources, **options)
+    loss = loss + consistency_loss(asked, logits, tables, y, t, others, **options)
     model.zero_grad()
     loss.backward()
     gradients.append([p.grad.clone() for p in model.parameters()])
