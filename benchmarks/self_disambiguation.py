@@ -474,6 +474,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--report", action="store_true", help="only the page, of finished runs")
     parser.add_argument("--one", nargs=3, metavar=("SETTING", "ROW", "SEED"), help="a single run")
     options = parser.parse_args()
     work = options.work.resolve()
@@ -486,7 +487,8 @@ def main() -> None:
         write_json(one_run(work, setting, row, int(seed)), result_path(setting, row, int(seed)))
         return
     prepare(options.data.resolve(), work, {SETTINGS[name].corpus for name in options.only})
-    run_all(work, options.only, options.seeds, options.jobs)
+    if not options.report:
+        run_all(work, options.only, options.seeds, options.jobs)
     text = report(options.seeds, work)
     write("self_disambiguation", {"runs": [path.name for path in sorted(FOLDER.iterdir())]}, text)
     print(text)
