@@ -58,10 +58,6 @@ class SourceLabels:
                 stored[labels[member]] = labels[name]
         return tuple(stored)
 
-    def is_complete(self, labels: Mapping[str, int]) -> bool:
-        """Return whether every class has its own label in this source."""
-        return self.representatives(labels) == tuple(range(len(labels)))
-
 
 COMPLETE_SOURCE = "complete"
 

@@ -66,7 +66,7 @@ class RunSettings:
         known = stored._flags()
         for name, value in self._flags().items():
             before = known.get(name)
-            if before != value:
+            if not _same(before, value):
                 before = "(the default)" if before is None else before
                 raise InputError(
                     f"{where} was trained with --{name}{before}, not {value}. Leave the flag out "
@@ -83,6 +83,14 @@ class RunSettings:
         """Return these settings, filled up from ``other``; each option counts by itself."""
         merged = {**(other.options or {}), **(self.options or {})}
         return replace(other, **{**self.given(), "options": merged or None})
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two settings are equal; an option that is a number is stored as text."""
+    try:
+        return float(one) == float(other)
+    except (TypeError, ValueError):
+        return bool(one == other)
 
 
 NNUNET_RUN = RunSettings(epochs=1000, iterations_per_epoch=250, val_iterations_per_epoch=50)

@@ -27,7 +27,7 @@ from nnmosaic.planners.preprocessing import FULL_REFERENCES_FOLDER
 from nnmosaic.planners.splits import ensure_splits
 from nnmosaic.trainers.checkpoint import EXTRA, read_checkpoint
 from nnmosaic.trainers.masked_evaluation import evaluate_folder
-from nnmosaic.trainers.options import parse_options
+from nnmosaic.trainers.options import options_of, parse_options
 from nnmosaic.trainers.validation_figure import write_figure
 
 GRADIENT_NORM_LIMIT = 12
@@ -362,7 +362,10 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
             "trainer_name": type(self).__name__,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             EXTRA: {
-                "run_settings": self.run_settings.given(),
+                # With all options: their defaults may be others when the training goes on.
+                "run_settings": replace(
+                    self.run_settings, options=options_of(self) or None
+                ).given(),
                 "seconds_trained": self._seconds_trained(),
                 **self.method_state(),
             },
@@ -391,15 +394,7 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
 
     def _adopt(self, stored: RunSettings, filename: str) -> None:
         requested = getattr(self, "_requested_settings", RunSettings())
-        # An option that is spelt out with its default is no other option.
-        known = stored.options or {}
-        options = {
-            name: value
-            for name, value in (requested.options or {}).items()
-            if name in known
-            or parse_options(type(self), {name: value})[name] != getattr(type(self), name)
-        }
-        replace(requested, options=options or None).refuse_other(stored, filename)
+        requested.refuse_other(stored, filename)
         self.run_settings = stored
 
     def request_settings(self, settings: RunSettings) -> None:

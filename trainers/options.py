@@ -39,6 +39,11 @@ def parse_options(trainer: type, given: Mapping[str, str]) -> dict[str, Any]:
     return {name: _parse(name, text, types[name]) for name, text in given.items()}
 
 
+def options_of(trainer: Any) -> dict[str, str]:
+    """Return the options of a trainer object and their values, as `parse_options` takes them."""
+    return {name: str(getattr(trainer, name)).lower() for name in option_types(type(trainer))}
+
+
 def _parse(name: str, text: str, kind: Any) -> Any:
     if get_origin(kind) is Literal and text in get_args(kind):
         return text

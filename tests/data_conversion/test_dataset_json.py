@@ -12,6 +12,7 @@ from nnmosaic.data_conversion.dataset_json import (
 from nnmosaic.data_conversion.errors import InputError
 
 LABELS = {"background": 0, "spleen": 1, "kidney_right": 2, "kidney_left": 3, "liver": 4}
+ALL = (0, 1, 2, 3, 4)
 
 
 def content(sources: dict[str, Any] | None = None, **extra: Any) -> dict[str, Any]:
@@ -41,8 +42,8 @@ def test_representatives_of_complete_partial_and_merged_sources() -> None:
     dataset = parse_dataset_json(content(SOURCES))
     tables = {c: dataset.source_of(c).representatives(LABELS) for c in ("A_1", "B_1", "C_1")}
     assert tables == {"A_1": (0, 1, 2, 3, 4), "B_1": (0, 0, 0, 0, 4), "C_1": (0, 1, 2, 2, 4)}
-    assert dataset.source_of("A_1").is_complete(LABELS)
-    assert not dataset.source_of("C_1").is_complete(LABELS)
+    assert dataset.source_of("A_1").representatives(LABELS) == ALL
+    assert dataset.source_of("C_1").representatives(LABELS) != ALL
 
 
 def test_legal_values_follow_the_source_and_include_ignore() -> None:
@@ -68,7 +69,7 @@ def test_unmatched_case_is_an_error_unless_declared_complete() -> None:
     with pytest.raises(InputError, match="'X_1' belongs to no source"):
         parse_dataset_json(content(SOURCES)).source_of("X_1")
     dataset = parse_dataset_json(content(SOURCES, unmatched="complete"))
-    assert dataset.source_of("X_1").is_complete(LABELS)
+    assert dataset.source_of("X_1").representatives(LABELS) == ALL
 
 
 def test_case_that_matches_two_patterns_is_an_error() -> None:

@@ -16,8 +16,8 @@ from nnmosaic.pipeline import cli_models
 from nnmosaic.pipeline.cli import main
 
 COMMANDS = (
-    "merge", "doctor", "plan_and_preprocess", "train", "predict", "ensemble", "evaluate", "run",
-    "trainer_path",
+    "merge", "hide_labels", "sparsify", "doctor", "plan", "plan_and_preprocess", "train", "predict",
+    "ensemble", "evaluate", "find_best", "run", "trainer_path",
 )  # fmt: skip
 Make = Callable[..., Path]
 

@@ -7,7 +7,7 @@ import pytest
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.trainers import TRAINERS
 from nnmosaic.trainers.lookup import trainer_class
-from nnmosaic.trainers.options import Fraction, option_types, parse_options
+from nnmosaic.trainers.options import Fraction, option_types, options_of, parse_options
 
 
 class First:
@@ -52,7 +52,5 @@ def test_what_is_none_is_refused(given: dict[str, str], message: str) -> None:
 @pytest.mark.parametrize("name", list(TRAINERS))
 def test_every_option_of_a_trainer_is_an_attribute_with_its_default(name: str) -> None:
     trainer = trainer_class(name)
-    for option in option_types(trainer):
-        default = str(getattr(trainer, option))
-        default = default.lower() if default in ("True", "False") else default
-        assert parse_options(trainer, {option: default}) == {option: getattr(trainer, option)}
+    defaults = {option: getattr(trainer, option) for option in option_types(trainer)}
+    assert parse_options(trainer, options_of(trainer.__new__(trainer))) == defaults

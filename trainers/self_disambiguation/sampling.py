@@ -62,6 +62,22 @@ class Pairs:
         return float(self.probabilities[chosen].sum())
 
 
+def describe(cases: Sequence[SampledCase], pairs: Pairs, names: Mapping[int, str]) -> list[str]:
+    """Return a line per source: its number of cases, its share, and those of its classes."""
+    sources = np.array([case.source for case in cases])
+    owners = sources[pairs.cases]
+    lines = []
+    for source in np.unique(sources):
+        mine = owners == source
+        classes = ", ".join(
+            f"{names[c]} {pairs.share(mine & (pairs.classes == c)):.3f}"
+            for c in sorted(set(pairs.classes[mine].tolist()))
+        )
+        number = int((sources == source).sum())
+        lines.append(f"{source}, {number} cases, share {pairs.share(mine):.3f} ({classes})")
+    return lines
+
+
 def pair_probabilities(
     cases: Sequence[SampledCase],
     mode: Mode,

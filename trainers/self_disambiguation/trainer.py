@@ -1,6 +1,5 @@
 """Trainer for many sources that each annotate only some classes, or merged or sparse ones."""
 
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -26,9 +25,9 @@ from nnmosaic.trainers.self_disambiguation.loss import (
     hard_counts,
 )
 from nnmosaic.trainers.self_disambiguation.sampling import (
-    Pairs,
     SampledCase,
     SourceAwareDataLoader,
+    describe,
     pair_probabilities,
 )
 from nnmosaic.trainers.self_disambiguation.source_heads import (
@@ -112,7 +111,9 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
             pair_probabilities(cases, self.sampling, cap=self.sampling_cap, with_background=both)
             for both in (True, self.sampling == "class_first")
         ]
-        self._print_shares(cases, pairs[0])
+        names = {value: name for name, value in self.dataset.labels.items()}
+        for line in describe(cases, pairs[0], names):
+            self.print_to_log_file(f"Sampling ({self.sampling}): {line}")
         loader = partial(SourceAwareDataLoader, pairs=pairs[0], foreground_pairs=pairs[1])
         return make_loaders(self, loader)
 
@@ -129,20 +130,6 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
             source = self.dataset.source_of(case)
             cases.append(SampledCase(case, source.source, source.modality, classes))
         return cases
-
-    def _print_shares(self, cases: list[SampledCase], pairs: Pairs) -> None:
-        owners = [cases[i].source for i in pairs.cases]
-        names = {value: name for name, value in self.dataset.labels.items()}
-        for source, number in Counter(case.source for case in cases).items():
-            mine = torch.tensor([owner == source for owner in owners]).numpy()
-            classes = ", ".join(
-                f"{names[c]} {pairs.share(mine & (pairs.classes == c)):.3f}"
-                for c in sorted(set(pairs.classes[mine].tolist()))
-            )
-            self.print_to_log_file(
-                f"Sampling ({self.sampling}): {source}, {number} cases, share "
-                f"{pairs.share(mine):.3f} ({classes})"
-            )
 
     def on_train_start(self) -> None:
         """Say in the log what each source annotates, and make the teacher."""

@@ -11,6 +11,7 @@ from nnmosaic.trainers.self_disambiguation.sampling import (
     Pairs,
     SampledCase,
     SourceAwareDataLoader,
+    describe,
     pair_probabilities,
 )
 
@@ -112,6 +113,10 @@ def test_shares_by_hand() -> None:
     assert table["a", 2] == pytest.approx(2 / 3 / 3)
     assert table["d", 0] == pytest.approx(2 / 3 / 3 / 4)
     assert table["e", 0] == pytest.approx(1 / 3 / 2)
+    assert describe(cases, pairs, {0: "background", 1: "liver", 2: "spleen", 3: "aorta"}) == [
+        "A, 4 cases, share 0.667 (background 0.222, liver 0.222, spleen 0.222)",
+        "B, 1 cases, share 0.333 (background 0.167, aorta 0.167)",
+    ]
     forced = pair_probabilities(cases, "sqrt", cap=math.inf, with_background=False)
     assert set(forced.classes.tolist()) == {1, 2, 3}
     assert forced.share(forced.classes == 2) == pytest.approx(math.sqrt(4) / (math.sqrt(4) + 1) / 2)
