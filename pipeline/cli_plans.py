@@ -1,8 +1,11 @@
-"""Commands on plans: plan, plan_and_preprocess."""
+"""Commands on plans and folds: plan, plan_and_preprocess, few_shot."""
+
+# ruff: noqa: T201 - what a command answers is printed.
 
 import argparse
 from typing import Any
 
+from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.pipeline.cli_arguments import (
     add_command,
     cpu_budget_arguments,
@@ -11,7 +14,7 @@ from nnmosaic.pipeline.cli_arguments import (
     positive,
     workspace_argument,
 )
-from nnmosaic.pipeline.defaults import DEFAULT_PLANS
+from nnmosaic.pipeline.defaults import DEFAULT_PLANS, DEFAULT_TRAINER
 from nnmosaic.pipeline.workspace import open_workspace
 from nnmosaic.planners import NUM_FOLDS
 
@@ -105,4 +108,48 @@ def _do_plan(options: argparse.Namespace) -> None:
     print_report(report)
 
 
-PLAN_COMMANDS = (add_plan, add_plan_and_preprocess)
+def add_few_shot(commands: Any) -> None:
+    """Add ``few_shot``."""
+    parser = add_command(
+        commands, "few_shot", "folds with few training cases, and their results", _do_few_shot
+    )
+    workspace_argument(parser)
+    dataset_argument(parser)
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument(
+        "--cases", nargs="+", type=positive, metavar="N", help="training cases of the new folds"
+    )
+    wanted.add_argument(
+        "--report", action="store_true", help="mean Dice of the trained ones, over draws"
+    )
+    parser.add_argument(
+        "--draws", type=positive, metavar="N", help="with --cases: sets of each size (default: 3)"
+    )
+    parser.add_argument("-c", metavar="CONFIGURATION", help="with --report")
+    parser.add_argument("-tr", nargs="+", metavar="TRAINER", help="with --report")
+    parser.add_argument("-p", metavar="PLANS", help=f"with --report (default: {DEFAULT_PLANS})")
+
+
+def _do_few_shot(options: argparse.Namespace) -> None:
+    from nnmosaic.pipeline.few_shot import few_shot, few_shot_report
+
+    workspace = open_workspace(options.workspace)
+    if options.report:
+        if options.draws or not options.c:
+            raise InputError("few_shot --report needs -c, and takes no --draws.")
+        print(
+            few_shot_report(
+                workspace,
+                options.d,
+                options.c,
+                trainers=options.tr or [DEFAULT_TRAINER],
+                plans_name=options.p or DEFAULT_PLANS,
+            )
+        )
+        return
+    if options.c or options.tr or options.p:
+        raise InputError("-c, -tr and -p say something about few_shot --report only.")
+    print(few_shot(workspace, options.d, numbers=options.cases, draws=options.draws or 3))
+
+
+PLAN_COMMANDS = (add_plan, add_plan_and_preprocess, add_few_shot)

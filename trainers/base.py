@@ -1,15 +1,18 @@
 """nnUNetTrainerMosaic: plain nnU-Net with run settings, safe checkpoints and masked validation.
 
-Methods override two hooks of `train_step`: what a label means (`segmentation_loss`) and which terms
-come on top (`auxiliary_losses`). With neither, weights and losses equal nnU-Net's bit for bit.
+Methods override the hooks of `train_step`: what a label means (`segmentation_loss`), which terms
+come on top (`auxiliary_losses`), and which passes follow (`further_passes`). With none of them,
+weights and losses equal nnU-Net's bit for bit.
 """
 
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,6 +37,13 @@ GRADIENT_NORM_LIMIT = 12
 """nnU-Net's."""
 
 Logits: TypeAlias = Tensor | list[Tensor]
+Pass: TypeAlias = Callable[[], dict[str, Tensor]]
+"""A forward pass that returns its weighted loss terms by name."""
+
+
+def sum_of(terms: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of loss terms, added in their order."""
+    return reduce(add, terms.values())
 
 
 class TrainingStoppedError(RuntimeError):
@@ -102,6 +112,8 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         self.planned_for_cpu = section.budget.get("device") == "cpu"
         if self.device.type == "cpu" and "cores" in section.budget:
             torch.set_num_threads(section.budget["cores"])
+        self.iteration = 0
+        """Steps since the start of the training; an epoch that is repeated counts once."""
         self._seconds_before = 0.0
         self._started: float | None = None
         self._first_epoch = 0
@@ -199,22 +211,47 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
                 self.on_epoch_end()
         self.on_train_end()
 
+    def on_train_epoch_start(self) -> None:
+        """Count iterations from the epoch, so that an interrupted one is repeated as it was."""
+        super().on_train_epoch_start()
+        self.iteration = self.current_epoch * self.num_iterations_per_epoch
+
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Make one optimisation step, as nnU-Net does, on the sum of all loss terms."""
-        data = batch["data"].to(self.device, non_blocking=True)
-        target = self._to_device(batch["target"])
+        """Make one optimisation step, as nnU-Net does, on the sum of all terms of all passes.
+
+        Each pass is backpropagated before the next one starts: the gradient is that of the sum, and
+        memory holds the activations of one pass.
+        """
+        batch = {
+            **batch,
+            "data": batch["data"].to(self.device, non_blocking=True),
+            "target": self._to_device(batch["target"]),
+        }
         self.optimizer.zero_grad(set_to_none=True)
-        # nnU-Net uses autocast on CUDA only: it is slow or missing elsewhere.
-        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
-            logits = self.network(data)
-            loss = self.segmentation_loss(logits, target, batch)
-            terms = self.auxiliary_losses({**batch, "data": data, "target": target}, logits)
-            for term in terms.values():
-                loss = loss + term
-        self._optimise(loss)
+        passes: list[Pass] = [partial(self._first_pass, batch), *self.further_passes(batch)]
+        terms: dict[str, Tensor] = {}
+        for one_pass in passes:
+            # DDP averages the gradients that have come together, once.
+            last = one_pass is passes[-1]
+            with nullcontext() if last or not self.is_ddp else self.network.no_sync():
+                # nnU-Net uses autocast on CUDA only: it is slow or missing elsewhere.
+                with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+                    found = one_pass()
+                    loss = sum_of(found)
+                self._backpropagate(loss)
+            terms |= {name: term.detach() for name, term in found.items()}
+        self._step()
         self.after_step()
-        values = {name: term.detach().cpu().numpy() for name, term in terms.items()}
-        return {"loss": loss.detach().cpu().numpy(), **values}
+        self.iteration += 1
+        values = {name: term.cpu().numpy() for name, term in terms.items()}
+        if len(values) == 1:
+            values.clear()
+        return {"loss": sum_of(terms).cpu().numpy(), **values}
+
+    def _first_pass(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        logits = self.network(batch["data"])
+        loss = self.segmentation_loss(logits, batch["target"], batch)
+        return {"segmentation": loss, **self.auxiliary_losses(batch, logits)}
 
     def segmentation_loss(
         self, logits: Logits, target: Tensor | list[Tensor], batch: dict[str, Any]
@@ -232,7 +269,7 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         return self.loss(logits, target)
 
     def auxiliary_losses(self, batch: dict[str, Any], logits: Logits) -> dict[str, Tensor]:
-        """Return further, weighted loss terms by name: the hook for extra passes and regularisers.
+        """Return further, weighted terms on the same logits by name: the hook for regularisers.
 
         Parameters
         ----------
@@ -240,6 +277,23 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
             "data" and "target" are on the device.
         """
         return {}
+
+    def further_passes(self, batch: dict[str, Any]) -> list[Pass]:
+        """Return what runs the network again on this batch: the hook for other views of the images.
+
+        All processes of a distributed training must return equally many.
+
+        Parameters
+        ----------
+        batch : dict
+            "data" and "target" are on the device.
+        """
+        return []
+
+    def progress(self) -> float:
+        """Return the fraction of the training that is done after this iteration, in (0, 1]."""
+        steps = self.num_epochs * self.num_iterations_per_epoch
+        return min(1.0, max((self.iteration + 1) / steps, self._spent_budget()))
 
     def after_step(self) -> None:
         """Do what follows the optimiser's step: the hook for moving averages."""
@@ -284,15 +338,16 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
             return [level.to(self.device, non_blocking=True) for level in target]
         return target.to(self.device, non_blocking=True)
 
-    def _optimise(self, loss: Tensor) -> None:
+    def _backpropagate(self, loss: Tensor) -> None:
+        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+
+    def _step(self) -> None:
         if self.grad_scaler is not None:
-            self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)
             self.clip_gradients()
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         else:
-            loss.backward()
             self.clip_gradients()
             self.optimizer.step()
 

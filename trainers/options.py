@@ -12,10 +12,12 @@ from nnmosaic.data_conversion.errors import InputError
 SWITCH = {"true": True, "false": False}
 Fraction = NewType("Fraction", float)
 """An option from 0 to 1."""
+Count = NewType("Count", int)
+"""An option that is a whole number from 1."""
 
 
 def option_types(trainer: type) -> dict[str, Any]:
-    """Return name -> type (`bool`, `float`, `Fraction`, ``Literal`` of words) of the options."""
+    """Return the options' types: `bool`, `float`, `Fraction`, `Count` or ``Literal`` of words."""
     names = [name for cls in trainer.__mro__ for name in vars(cls).get("OPTIONS", ())]
     hints = get_type_hints(trainer) if names else {}
     return {name: hints[name] for name in dict.fromkeys(names)}
@@ -56,6 +58,8 @@ def _parse(name: str, text: str, kind: Any) -> Any:
             value = -1.0
         if value >= 0 and (kind is float or value <= 1):
             return value
+    if kind is Count and text.isdecimal() and int(text) > 0:
+        return int(text)
     raise InputError(f"--set {name}={text}: expected {_values(kind)}.")
 
 
@@ -64,4 +68,6 @@ def _values(kind: Any) -> str:
         return "|".join(get_args(kind))
     if kind is Fraction:
         return "a number from 0 to 1"
+    if kind is Count:
+        return "a whole number from 1"
     return "true|false" if kind is bool else "a number of at least 0"

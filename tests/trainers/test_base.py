@@ -18,6 +18,7 @@ from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.trainers.base import TrainingStoppedError, nnUNetTrainerMosaic
 from nnmosaic.trainers.checkpoint import EXTRA, read_checkpoint
 from nnmosaic.trainers.self_disambiguation.trainer import nnUNetTrainerSelfDisambiguation
+from nnmosaic.trainers.self_disambiguation_context import nnUNetTrainerSelfDisambiguationContext
 
 PARTIAL = "Dataset007_Merged"
 Make = Callable[..., Any]
@@ -41,10 +42,22 @@ def without_times(logs: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ours", [nnUNetTrainerMosaic, nnUNetTrainerSelfDisambiguation])
-def test_three_epochs_equal_nnunets_bit_for_bit(make_trainer: Make, ours: type) -> None:
+@pytest.mark.parametrize(
+    ("ours", "options"),
+    [
+        (nnUNetTrainerMosaic, None),
+        (nnUNetTrainerSelfDisambiguation, None),
+        (
+            nnUNetTrainerSelfDisambiguationContext,
+            {"masked_weight": "0", "reconstruction_weight": "0"},
+        ),
+    ],
+)
+def test_three_epochs_equal_nnunets_bit_for_bit(
+    make_trainer: Make, ours: type, options: dict[str, str] | None
+) -> None:
     expected = train(make_trainer(nnUNetTrainer))
-    got = train(make_trainer(ours))
+    got = train(make_trainer(ours, options=options))
     assert len(expected["logs"]["train_losses"]) == 3
     assert len(set(expected["logs"]["train_losses"])) == 3
     for name, weight in expected["weights"].items():

@@ -1,6 +1,13 @@
 """Re-exports for nnU-Net's own trainer lookup, and nothing else."""
 
 from nnmosaic.trainers.base import nnUNetTrainerMosaic
+from nnmosaic.trainers.context_reconstruction.trainer import nnUNetTrainerContextReconstruction
 from nnmosaic.trainers.self_disambiguation.trainer import nnUNetTrainerSelfDisambiguation
+from nnmosaic.trainers.self_disambiguation_context import nnUNetTrainerSelfDisambiguationContext
 
-__all__ = ["nnUNetTrainerMosaic", "nnUNetTrainerSelfDisambiguation"]
+__all__ = [
+    "nnUNetTrainerContextReconstruction",
+    "nnUNetTrainerMosaic",
+    "nnUNetTrainerSelfDisambiguation",
+    "nnUNetTrainerSelfDisambiguationContext",
+]

@@ -10,9 +10,9 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import Tensor, nn
 
-from nnmosaic.trainers.base import GRADIENT_NORM_LIMIT, Logits, nnUNetTrainerMosaic
+from nnmosaic.trainers.base import GRADIENT_NORM_LIMIT, Logits
 from nnmosaic.trainers.dataloading import Batches, make_loaders
-from nnmosaic.trainers.ema_teacher import EMATeacher, plain_network
+from nnmosaic.trainers.ema_teacher import TeacherTrainer, forgetting_momentum, plain_network
 from nnmosaic.trainers.options import Fraction
 from nnmosaic.trainers.self_disambiguation.ambiguity import (
     conditional_entropy,
@@ -37,7 +37,7 @@ from nnmosaic.trainers.self_disambiguation.source_heads import (
 )
 
 
-class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
+class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
     """nnU-Net that knows what each source annotates (methods/self_disambiguation.md, 2.8).
 
     What a source leaves out is "background or one of these classes" in its cases, never background.
@@ -78,7 +78,6 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
     def initialize(self) -> None:
         """Initialise, and wrap the source heads, whose gradients DDP must average, too."""
         self._heads: Any = None
-        self._teacher: EMATeacher | None = None
         self._features: Tensor | None = None
         super().initialize()
         if self._heads is not None and self.is_ddp:
@@ -132,15 +131,13 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
         return cases
 
     def on_train_start(self) -> None:
-        """Say in the log what each source annotates, and make the teacher."""
+        """Say in the log what each source annotates."""
         super().on_train_start()
         for source in self.dataset.sources() if self._has_sources else ():
             merged = [f"{key} = {'+'.join(members)}" for key, members in source.merged.items()]
             self.print_to_log_file(
                 f"Source {source.source} annotates: {', '.join([*source.annotated, *merged])}"
             )
-        if self.ema_teacher and self._has_sources and self._teacher is None:
-            self._teacher = EMATeacher(self.network, self.teacher_decay)
 
     # ---------------------------------------------------------------- losses
 
@@ -191,8 +188,8 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
             terms["full_entropy"] = (
                 self.entropy_weight * ramp * full_entropy(full, target, **common)
             )
-        if self._teacher is not None:
-            goal = self._teacher(batch["data"])
+        if self._learns_from_teacher and self.teacher is not None:
+            goal = self.teacher(batch["data"])
             value = teacher_cross_entropy(
                 full, goal, *labels, threshold=self.teacher_threshold, ddp=ddp, **common
             )
@@ -235,6 +232,16 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
 
     # ---------------------------------------------------------------- teacher and heads
 
+    @property
+    def _learns_from_teacher(self) -> bool:
+        return self.ema_teacher and self._has_sources
+
+    def teacher_momentum(self) -> float | None:
+        """Return the momentum of this option's teacher, which goes before another method's."""
+        if self._learns_from_teacher:
+            return forgetting_momentum(self.iteration, self.teacher_decay)
+        return super().teacher_momentum()
+
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """Return optimizer and schedule, also over the source heads."""
         if not (self.source_heads and self._has_sources):
@@ -258,26 +265,20 @@ class nnUNetTrainerSelfDisambiguation(nnUNetTrainerMosaic):
             nn.utils.clip_grad_norm_(self._heads.parameters(), GRADIENT_NORM_LIMIT)
 
     def after_step(self) -> None:
-        """Move the teacher towards the network."""
+        """Let go of the features that a further pass may have left."""
         super().after_step()
-        if self._teacher is not None:
-            self._teacher.update(self.network)
+        self._features = None
 
     def method_state(self) -> dict[str, Any]:
-        """Return teacher and heads; neither is needed for prediction."""
+        """Return also the heads; they are not needed for prediction."""
         state = super().method_state()
-        if self._teacher is not None:
-            state["teacher"] = self._teacher.state_dict()
         if self._heads is not None:
             state["source_heads"] = plain_network(self._heads).state_dict()
         return state
 
     def load_method_state(self, state: dict[str, Any]) -> None:
-        """Restore teacher and heads."""
+        """Restore the heads."""
         super().load_method_state(state)
-        if "teacher" in state:
-            self._teacher = EMATeacher(self.network, self.teacher_decay)
-            self._teacher.load_state_dict(state["teacher"])
         if "source_heads" in state:
             plain_network(self._heads).load_state_dict(state["source_heads"])
 

@@ -109,13 +109,12 @@ def test_teacher_and_heads_learn_and_go_on_from_a_checkpoint(make_trainer: Make)
     before = [p.detach().clone() for p in trainer._heads.parameters()]
     outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(4)]
     assert set(outputs[0]) == {
-        "loss", "conditional_entropy", "teacher", "source_heads", "consistency"
+        "loss", "segmentation", "conditional_entropy", "teacher", "source_heads", "consistency"
     }  # fmt: skip
     assert all(np.isfinite(list(output.values())).all() for output in outputs)
     assert outputs[0]["consistency"] > 0
     for old, new in zip(before, trainer._heads.parameters(), strict=True):
         assert not torch.equal(old, new)
-    assert trainer._teacher.updates == 4
     path = f"{trainer.output_folder}/checkpoint_latest.pth"
     trainer.save_checkpoint(path)
     stored = torch.load(path, weights_only=False)
@@ -129,14 +128,13 @@ def test_teacher_and_heads_learn_and_go_on_from_a_checkpoint(make_trainer: Make)
     assert (resumed.ramp, resumed.source_heads, resumed.entropy) == (0, True, "conditional")
     resumed.on_train_start()
     for mine, theirs in (
-        (resumed._teacher.network, trainer._teacher.network),
+        (resumed.teacher.network, trainer.teacher.network),
         (resumed._heads, trainer._heads),
     ):
         for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
             assert torch.equal(a, b)
     assert len(resumed.optimizer.param_groups) == 2
     resumed.train_step(next(resumed.dataloader_train))
-    assert resumed._teacher.updates == 5
 
 
 def test_a_checkpoint_refuses_other_options(make_trainer: Make) -> None:

@@ -1,0 +1,1 @@
+"""Learning to write hidden organs into the output (methods/context_reconstruction.md)."""

@@ -1,0 +1,82 @@
+"""Agreement of the masked student with its teacher (context_reconstruction.md, 5.3)."""
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+ReconstructionForm: TypeAlias = Literal["kl", "mse_prob", "rel_mse", "mse_over_norm"]
+
+
+def reconstruction_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    form: ReconstructionForm,
+    temperature: float = 1.0,
+    regions: bool = False,
+    where: Tensor | None = None,
+    ddp: bool = False,
+) -> Tensor:
+    """Return how far the student's logits are from the teacher's, in single precision.
+
+    Parameters
+    ----------
+    student, teacher : Tensor, shape (B, C, *spatial)
+        No gradient goes to the teacher.
+    form : {"kl", "mse_prob", "rel_mse", "mse_over_norm"}
+        Divergence of the student's probabilities from the teacher's, times the squared temperature;
+        squared difference of probabilities; squared difference of logits over the teacher's mean
+        square (1.4, well scaled), or over its norm (1.4, as released: about a thousandth of it).
+    temperature : float
+        Of the probabilities.
+    regions : bool
+        Whether channels are regions that overlap: a sigmoid each instead of a softmax.
+    where : Tensor, optional, bool, shape (B, 1, *spatial)
+        Voxels that count; by default all.
+    ddp : bool
+        Whether the teacher's size is that over all processes.
+    """
+    student, teacher = student.float(), teacher.detach().float()
+    scale = torch.ones((), device=student.device)
+    if form in ("kl", "mse_prob"):
+        differences = _of_probabilities(student, teacher, form, temperature, regions=regions)
+    else:
+        differences = (student - teacher).square().mean(1, keepdim=True)
+        scale = _teacher_size(teacher, form, ddp=ddp)
+    if where is None:
+        return differences.mean() / scale
+    return (differences * where).sum() / where.sum().clamp(min=1) / scale
+
+
+def _of_probabilities(
+    student: Tensor,
+    teacher: Tensor,
+    form: ReconstructionForm,
+    temperature: float,
+    *,
+    regions: bool,
+) -> Tensor:
+    """Return a value per voxel, (B, 1, *spatial)."""
+    if regions:  # each channel is a choice between inside and outside
+        student, teacher = (torch.stack([z, -z]) / temperature for z in (student, teacher))
+        ours, theirs = functional.logsigmoid(student), functional.logsigmoid(teacher)
+        choices = 0
+    else:
+        ours, theirs = (torch.log_softmax(z / temperature, 1)[None] for z in (student, teacher))
+        choices = 2
+    if form == "mse_prob":
+        return (ours[0].exp() - theirs[0].exp()).square().mean(1, keepdim=True)
+    divergence = temperature**2 * (theirs.exp() * (theirs - ours)).sum(choices, keepdim=True)
+    return divergence[0].mean(1, keepdim=True)
+
+
+def _teacher_size(teacher: Tensor, form: ReconstructionForm, *, ddp: bool) -> Tensor:
+    sums = torch.stack(
+        [teacher.square().sum(), torch.tensor(float(teacher.numel()), device=teacher.device)]
+    )
+    if ddp:
+        torch.distributed.all_reduce(sums)
+    squares, number = sums
+    return squares.sqrt() if form == "mse_over_norm" else squares / number + 1e-8

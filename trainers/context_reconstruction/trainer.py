@@ -1,0 +1,228 @@
+"""Trainer whose network must write hidden organs into its output."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.trainers.base import Pass
+from nnmosaic.trainers.context_reconstruction.loss import ReconstructionForm, reconstruction_loss
+from nnmosaic.trainers.context_reconstruction.masking import (
+    Fill,
+    MaskKind,
+    block_size,
+    draw_mask,
+    filler,
+    foreground_of_cells,
+    generator_of,
+    to_voxels,
+)
+from nnmosaic.trainers.context_reconstruction.schedule import cosine_momentum, warmup_momentum
+from nnmosaic.trainers.ema_teacher import TeacherTrainer, forgetting_momentum, plain_network
+from nnmosaic.trainers.options import Count, Fraction
+
+
+class nnUNetTrainerContextReconstruction(TeacherTrainer):
+    """nnU-Net with a second pass on masked patches (methods/context_reconstruction.md).
+
+    The pass learns from the complete labels (1.4), and from a moving average of the network that
+    sees the whole patch. Prediction is plain nnU-Net's. With both weights 0 this is
+    `nnUNetTrainerMosaic`, bit for bit.
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "mask_kind", "mask_ratio", "mask_min_cells", "mask_fill", "mask_foreground",
+        "mask_per_sample", "masked_weight", "masked_fraction", "every_k", "reconstruction",
+        "reconstruction_weight", "reconstruction_region", "reconstruction_ramp", "temperature",
+        "momentum", "momentum_base", "momentum_warmup",
+    )  # fmt: skip
+
+    mask_kind: MaskKind = "block"
+    """Columns through the patch along its first axis, single cells, or columns along any axis."""
+    mask_ratio: Fraction = Fraction(0.4)
+    """Fraction of the cells that is hidden."""
+    mask_min_cells: Count = Count(6)
+    """A cell is the largest product of the network's strides that leaves this many per axis."""
+    mask_fill: Fill = "zero"
+    """What stands at hidden voxels: 0, noise, or another sample of the batch."""
+    mask_foreground: bool = False
+    """Hide cells full of foreground ten times as often as empty ones."""
+    mask_per_sample: bool = True
+    """Draw for every sample; otherwise one mask for the batch, as released."""
+    masked_weight: float = 1.0
+    """Of the labels in the masked pass."""
+    masked_fraction: Fraction = Fraction(1.0)
+    """Share of the batch that is masked; at least one sample."""
+    every_k: Count = Count(1)
+    """The masked pass takes place in every k-th iteration."""
+    reconstruction: ReconstructionForm = "kl"
+    """How student and teacher are compared; see `reconstruction_loss`."""
+    reconstruction_weight: float = 0.5
+    """Of the teacher in the masked pass."""
+    reconstruction_region: Literal["all", "hidden"] = "all"
+    """Voxels at which the teacher counts."""
+    reconstruction_ramp: Fraction = Fraction(0.1)
+    """Fraction of the training over which the teacher's weight rises from 0."""
+    temperature: float = 1.0
+    momentum: Literal["cosine", "mean_teacher", "released"] = "cosine"
+    """Of the teacher: from 0 to base, then to 1 (1.5); up to base; or the released code's."""
+    momentum_base: Fraction = Fraction(0.996)
+    momentum_warmup: Fraction = Fraction(0.01)
+    """Fraction of the training over which the momentum rises to its base."""
+
+    def initialize(self) -> None:
+        """Initialise, and check what the options ask of plan and batch."""
+        super().initialize()
+        if self._has_masked_pass:
+            if self.mask_fill == "foreign" and self.batch_size < 2:
+                raise InputError(
+                    "--set mask_fill=foreign needs a batch of at least 2 samples on every GPU. "
+                    "Choose zero or noise."
+                )
+            try:
+                self._draw(1, generator_of(0), None)
+            except ValueError as error:
+                raise InputError(f"--set mask_ratio={self.mask_ratio}: {error}") from None
+
+    # ---------------------------------------------------------------- the masked pass
+
+    @property
+    def _has_masked_pass(self) -> bool:
+        return self.masked_weight > 0 or self.reconstruction_weight > 0
+
+    @cached_property
+    def _block(self) -> tuple[int, ...]:
+        manager = self.configuration_manager
+        return block_size(
+            manager.patch_size, manager.pool_op_kernel_sizes, min_cells=self.mask_min_cells
+        )
+
+    @cached_property
+    def _grid(self) -> tuple[int, ...]:
+        patch = self.configuration_manager.patch_size
+        return tuple(n // b for n, b in zip(patch, self._block, strict=True))
+
+    def further_passes(self, batch: dict[str, Any]) -> list[Pass]:
+        """Add the masked pass, in every k-th iteration."""
+        passes = super().further_passes(batch)
+        if self._has_masked_pass and self.iteration % self.every_k == 0:
+            passes.append(partial(self._masked_pass, batch))
+        return passes
+
+    def _masked_pass(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        counter = (self.run_settings.seed or 0, self.local_rank, self.iteration)
+        batch = self._some_samples(batch, generator_of(*counter, 0))
+        target = batch["target"]
+        full_target = target[0] if isinstance(target, list) else target
+        hidden = self._hidden(full_target, generator_of(*counter, 1))
+        filled = filler(
+            batch["data"],
+            self.mask_fill,
+            generator=generator_of(*counter, 2, device=self.device),
+            others=batch["others"],
+            label_channels=len(self.label_manager.foreground_labels) if self.is_cascaded else 0,
+        )
+        with _frozen_running_statistics(self.network):
+            logits = self.network(torch.where(hidden, filled, batch["data"]))
+        terms = {}
+        if self.masked_weight > 0:
+            loss = self.segmentation_loss(logits, target, batch)
+            terms["masked"] = self.masked_weight * loss
+        if self.reconstruction_weight > 0 and self.teacher is not None:
+            full = logits[0] if isinstance(logits, list | tuple) else logits
+            value = reconstruction_loss(
+                full,
+                self.teacher(batch["data"]),
+                form=self.reconstruction,
+                temperature=self.temperature,
+                regions=self.label_manager.has_regions,
+                where=hidden if self.reconstruction_region == "hidden" else None,
+                ddp=self.is_ddp,
+            )
+            terms["reconstruction"] = (
+                self.reconstruction_weight * self._reconstruction_ramp() * value
+            )
+        return terms
+
+    def _some_samples(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """Return the samples that are masked, each beside the next one of the batch in "others"."""
+        data = batch["data"]
+        samples = len(data)
+        batch = {**batch, "others": data.roll(-1, 0)}
+        number = max(1, round(self.masked_fraction * samples))
+        if number == samples:
+            return batch
+        chosen = torch.randperm(samples, generator=generator)[:number].sort().values
+        index = chosen.to(data.device)
+        target = batch["target"]
+        return {
+            **batch,
+            "data": data[index],
+            "others": batch["others"][index],
+            "target": [t[index] for t in target] if isinstance(target, list) else target[index],
+            "keys": [batch["keys"][i] for i in chosen.tolist()],
+        }
+
+    def _hidden(self, target: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the hidden voxels, bool of shape (B, 1, *spatial), on the device."""
+        samples = len(target) if self.mask_per_sample else 1
+        foreground = None
+        if self.mask_foreground:
+            foreground = foreground_of_cells(
+                target, self._block, ignore_label=self.label_manager.ignore_label
+            )
+        cells = self._draw(samples, generator, foreground)
+        hidden = to_voxels(cells.to(self.device, non_blocking=True), self._block)
+        return hidden.expand(len(target), *hidden.shape[1:])
+
+    def _draw(self, samples: int, generator: torch.Generator, foreground: Tensor | None) -> Tensor:
+        return draw_mask(
+            self._grid,
+            samples,
+            ratio=self.mask_ratio,
+            kind=self.mask_kind,
+            generator=generator,
+            foreground=foreground,
+        )
+
+    # ---------------------------------------------------------------- schedules
+
+    def _reconstruction_ramp(self) -> float:
+        ramp = self.reconstruction_ramp
+        return min(1.0, self.progress() / ramp) if ramp else 1.0
+
+    def teacher_momentum(self) -> float | None:
+        """Return the momentum of the schedule that was chosen."""
+        if self.reconstruction_weight == 0:
+            return super().teacher_momentum()
+        if self.momentum == "mean_teacher":
+            return forgetting_momentum(self.iteration, self.momentum_base)
+        total = self.num_epochs * self.num_iterations_per_epoch
+        warmup = max(2, round(self.momentum_warmup * total))
+        if self.momentum == "released":
+            in_epoch = self.iteration % self.num_iterations_per_epoch
+            return warmup_momentum(in_epoch, base=self.momentum_base, warmup=warmup)
+        done = max(self.iteration, round(self.progress() * total) - 1)
+        return cosine_momentum(done, total, base=self.momentum_base, warmup=warmup)
+
+
+@contextmanager
+def _frozen_running_statistics(network: nn.Module) -> Iterator[None]:
+    """Keep masked patches out of the running statistics of batch normalisation."""
+    layers = [
+        layer
+        for layer in plain_network(network).modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats
+    ]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
