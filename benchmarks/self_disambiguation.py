@@ -8,27 +8,33 @@ others.
 """
 
 import argparse
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.grid import (
+    Training,
+    command,
+    comparison_row,
+    file_name,
+    link,
+    make_missing,
+    preprocess_with_one_plan,
+    scores,
+    train_and_predict,
+    use_workspace,
+    what_it_took,
+)
 from benchmarks.report import RESULTS, footer, provenance, table, write
 from nnmosaic.data_conversion.atomic_write import read_json, write_json
-from nnmosaic.data_conversion.dataset_json import parse_dataset_json
 
 FOLDER = RESULTS / "self_disambiguation"
 PLAIN, OURS = "nnUNetTrainerMosaic", "nnUNetTrainerSelfDisambiguation"
-WORKSPACE = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -122,12 +128,6 @@ def dataset_folder(name: str) -> str:
 # ------------------------------------------------------------------ data
 
 
-def command(*arguments: str) -> None:
-    """Run an nnMosaic command."""
-    run = [sys.executable, "-m", "nnmosaic.pipeline.cli", *arguments]
-    subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
-
-
 def prepare_hippocampus(data: Path, work: Path) -> None:
     """Make the raw datasets of all hippocampus settings; every fourth subject is for testing."""
     source = data / "msd_task04_hippocampus"
@@ -144,9 +144,9 @@ def prepare_hippocampus(data: Path, work: Path) -> None:
         (work / "hippocampus_test", testing, "Ts"),
     ):
         for case in cases:
-            _link(source / "imagesTr" / f"{case}.nii.gz",
+            link(source / "imagesTr" / f"{case}.nii.gz",
                   folder / f"images{suffix}" / f"{case}_0000.nii.gz")  # fmt: skip
-            _link(source / "labelsTr" / f"{case}.nii.gz",
+            link(source / "labelsTr" / f"{case}.nii.gz",
                   folder / f"labels{suffix}" / f"{case}.nii.gz")  # fmt: skip
         content = {
             "channel_names": {"0": "MRI"}, "labels": labels, "numTraining": len(cases),
@@ -170,11 +170,6 @@ def prepare_hippocampus(data: Path, work: Path) -> None:
     _merge("Sparse", "EveryFifth")
     _relabel(raw, "Disjoint", "ZerosIgnored", {0: 3}, {**labels, "ignore": 3})
     _relabel(raw, "Sparse", "SparseZeros", {3: 0}, labels)
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.symlink_to(source.resolve())
 
 
 def _hide(name: str, *flags: str) -> None:
@@ -216,25 +211,9 @@ def prepare(data: Path, work: Path, corpora: set[str]) -> None:
         done = work / f"{corpus}_prepared"
         if not done.is_file():
             PREPARE[corpus](data, work)
-            preprocess(work, CORPORA[corpus], corpus)
+            folders = [dataset_folder(name) for name in CORPORA[corpus]]
+            preprocess_with_one_plan(work / "nnUNet_preprocessed", folders, BUDGETS[corpus][0])
             done.touch()
-
-
-def preprocess(work: Path, names: Sequence[str], corpus: str) -> None:
-    """Preprocess all datasets of a corpus with one plan: that of the completely labelled one."""
-    configuration = BUDGETS[corpus][0]
-    base = work / "nnUNet_preprocessed"
-    plans: Any = None
-    for name in names:
-        folder = base / dataset_folder(name)
-        flags = ["-d", NUMBERS[name], "-c", configuration]
-        if plans is None:
-            command("plan_and_preprocess", *flags, "--device", "cpu")
-            plans = read_json(folder / "nnUNetPlans.json")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json({**plans, "dataset_name": folder.name}, folder / "nnUNetPlans.json")
-            command("plan_and_preprocess", *flags, "--keep_plans")
 
 
 PREPARE = {"hippocampus": prepare_hippocampus}
@@ -245,64 +224,23 @@ PREPARE = {"hippocampus": prepare_hippocampus}
 
 def one_run(work: Path, setting: str, row_name: str, seed: int) -> dict[str, Any]:
     """Train on all training cases, predict the test images without mirroring, and score."""
+    start = time.perf_counter()
     corpus, row = SETTINGS[setting].corpus, SETTINGS[setting].rows[row_name]
-    start, threads = time.perf_counter(), _threads()
-    with_probabilities = len(row.datasets) > 1
+    configuration, budget = BUDGETS[corpus]
+    test = work / f"{corpus}_test"
+    several = len(row.datasets) > 1
     folders = []
     for name in row.datasets:
+        training = Training(
+            dataset_folder(name), configuration, row.trainer, budget, test, row.options
+        )
         output = work / "runs" / f"{setting}_{row_name}_{seed}_{name}".replace(" ", "_")
-        shutil.rmtree(output, ignore_errors=True)
-        _train_and_predict(work, corpus, name, row, seed, output, with_probabilities)
-        folders.append(output / "predictions")
-    test = work / f"{corpus}_test"
-    if with_probabilities:
-        folders = [_fuse(folders, test)]
-    from nnmosaic.trainers.masked_evaluation import evaluate_folder
-
-    dataset = parse_dataset_json(read_json(test / "dataset.json"))
-    summary = evaluate_folder(test / "labelsTs", folders[0], dataset)
-    names = summary["labels"]
-    cases = {
-        Path(case["reference_file"]).name.removesuffix(dataset.file_ending): {
-            names[key]: [case["metrics"][key][metric] for metric in ("Dice", "TP", "FN")]
-            for key in names
-        }
-        for case in summary["metric_per_case"]
-    }
+        folders.append(train_and_predict(training, seed, output, probabilities=several))
+    predictions = _fuse(folders, test) if several else folders[0]
     return {
-        "setting": setting, "row": row_name, "seed": seed, "dice_tp_fn": cases,
-        "seconds": round(time.perf_counter() - start, 1), "threads": threads, **provenance(),
+        "setting": setting, "row": row_name, "seed": seed,
+        "dice_tp_fn": scores(predictions, test), **what_it_took(start),
     }  # fmt: skip
-
-
-def _train_and_predict(
-    work: Path, corpus: str, name: str, row: Row, seed: int, output: Path, probabilities: bool
-) -> None:
-    import torch
-
-    import benchmarks.baselines  # noqa: F401 - registers the peers
-    from nnmosaic.pipeline.predict import predict
-    from nnmosaic.planners.plans_section import RunSettings
-    from nnmosaic.trainers.lookup import trainer_class
-
-    os.environ["nnUNet_results"] = str(output)
-    configuration, budget = BUDGETS[corpus]
-    folder = work / "nnUNet_preprocessed" / dataset_folder(name)
-    plans = {**read_json(folder / "nnUNetPlans.json"), "continue_training": False}
-    content = read_json(folder / "dataset.json")
-    trainer: Any = trainer_class(row.trainer)(
-        plans, configuration, "all", content, torch.device("cpu")
-    )
-    settings = RunSettings(
-        **budget, val_iterations_per_epoch=1, seed=seed, options=dict(row.options) or None
-    )
-    trainer.request_settings(settings)
-    trainer.run_training()
-    images = work / f"{corpus}_test" / "imagesTs"
-    predict(
-        images, output / "predictions", Path(trainer.output_folder_base), folds=["all"],
-        mirroring=False, save_probabilities=probabilities, device="cpu", workers=1,
-    )  # fmt: skip
 
 
 def _fuse(folders: Sequence[Path], test: Path) -> Path:
@@ -322,12 +260,6 @@ def _fuse(folders: Sequence[Path], test: Path) -> Path:
     return output
 
 
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
-
-
 # ------------------------------------------------------------------ all runs
 
 
@@ -336,38 +268,17 @@ def result_path(setting: str, row: str, seed: int) -> Path:
     if row == "oracle":
         corpus = SETTINGS[setting].corpus
         setting = next(name for name, other in SETTINGS.items() if other.corpus == corpus)
-    words = "".join(c if c.isalnum() else "_" for c in row)
-    return FOLDER / f"{setting}__{words}__{seed}.json"
+    return FOLDER / file_name(setting, row, seed)
 
 
-def run_all(work: Path, settings: Sequence[str], seeds: Sequence[int], jobs: int) -> None:
-    """Make every missing run, each in a process of its own."""
-    wanted = [
-        (setting, row, seed)
-        for seed in seeds
-        for setting in settings
-        for row in SETTINGS[setting].rows
-    ]
-    pending: dict[Path, tuple[str, str, int]] = {}
-    for run in wanted:
-        if not result_path(*run).is_file():
-            pending.setdefault(result_path(*run), run)
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    own_threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
-    environment = {**os.environ, **own_threads, "nnUNet_n_proc_DA": "0"}
-
-    def start(run: tuple[str, str, int]) -> None:
-        arguments = ["--work", str(work), "--one", run[0], run[1], str(run[2])]
-        log = work / "logs" / f"{result_path(*run).stem}.log"
-        log.parent.mkdir(exist_ok=True)
-        with log.open("w") as output:
-            process = [sys.executable, "-m", "benchmarks.self_disambiguation", *arguments]
-            code = subprocess.run(process, env=environment, stdout=output, stderr=output).returncode
-        print(time.strftime("%H:%M:%S"), *run, "done" if code == 0 else f"FAILED, see {log}",
-              flush=True)  # fmt: skip
-
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(start, pending.values()))
+def all_runs(settings: Sequence[str], seeds: Sequence[int]) -> dict[Path, tuple[str, str, str]]:
+    """Return file -> setting, row and seed of every run."""
+    runs: dict[Path, tuple[str, str, str]] = {}
+    for seed in seeds:
+        for setting in settings:
+            for row in SETTINGS[setting].rows:
+                runs.setdefault(result_path(setting, row, seed), (setting, row, str(seed)))
+    return runs
 
 
 # ------------------------------------------------------------------ report
@@ -379,61 +290,21 @@ def load(setting: str, row: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
     return [read_json(path) for path in paths if path.is_file()]
 
 
-def mean_dice(runs: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Return case -> Dice per class, mean over seeds."""
-    cases = runs[0]["dice_tp_fn"]
-    return {
-        case: np.mean(
-            [[values[0] for values in run["dice_tp_fn"][case].values()] for run in runs], axis=0
-        )
-        for case in cases
-    }
-
-
-def difference_interval(
-    first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], subjects: Mapping[str, str]
-) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval, over subjects, of the difference in mean Dice."""
-    members: dict[str, list[float]] = {}
-    for case, dice in first.items():
-        members.setdefault(subjects.get(case, case), []).append(
-            float(np.nanmean(dice) - np.nanmean(second[case]))
-        )
-    groups = list(members.values())
-    rng = np.random.default_rng(0)
-    means = [
-        np.mean(np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))]))
-        for _ in range(RESAMPLES)
-    ]
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)
-
-
 def setting_table(name: str, seeds: Sequence[int], subjects: Mapping[str, str]) -> str:
     """Return the table of one setting, or a line that says that there is no run yet."""
     setting = SETTINGS[name]
     finished = {row: runs for row in setting.rows if (runs := load(name, row, seeds))}
     if "ours" not in finished:
         return f"## {setting.title}\n\nNo run of ours yet."
-    ours = mean_dice(finished["ours"])
     classes = list(next(iter(finished["ours"][0]["dice_tp_fn"].values())))
-    rows = []
-    for row, runs in finished.items():
-        dice = mean_dice(runs)
-        values = np.array(list(dice.values()))
-        per_seed = [float(np.mean(list(mean_dice([run]).values()))) for run in runs]
-        low, high = (100 * bound for bound in difference_interval(dice, ours, subjects))
-        change = 100 * (values.mean() - np.mean(list(ours.values())))
-        rows.append(
-            [
-                row,
-                *(f"{value:.3f}" for value in values.mean(0)),
-                f"{values.mean():.4f}",
-                f"{min(per_seed):.4f} - {max(per_seed):.4f}",
-                "" if row == "ours" else f"{change:+.2f} [{low:+.2f}, {high:+.2f}]",
-                ", ".join(str(run["seed"]) for run in runs),
-            ]
-        )
+    rows = [
+        [
+            row,
+            *comparison_row(runs, finished["ours"], subjects),
+            ", ".join(str(run["seed"]) for run in runs),
+        ]
+        for row, runs in finished.items()
+    ]
     header = ["row", *classes, "mean Dice", "seeds from - to",
               "points against ours [95 %]", "seeds"]  # fmt: skip
     return f"## {setting.title}\n\n{table(header, rows)}"
@@ -478,9 +349,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=3, metavar=("SETTING", "ROW", "SEED"), help="a single run")
     options = parser.parse_args()
     work = options.work.resolve()
-    for name in WORKSPACE:
-        os.environ[name] = str(work / name)
-        (work / name).mkdir(parents=True, exist_ok=True)
+    use_workspace(work)
     if options.one:
         setting, row, seed = options.one
         FOLDER.mkdir(exist_ok=True)
@@ -488,7 +357,8 @@ def main() -> None:
         return
     prepare(options.data.resolve(), work, {SETTINGS[name].corpus for name in options.only})
     if not options.report:
-        run_all(work, options.only, options.seeds, options.jobs)
+        runs = all_runs(options.only, options.seeds)
+        make_missing("benchmarks.self_disambiguation", runs, work, jobs=options.jobs)
     text = report(options.seeds, work)
     write("self_disambiguation", {"runs": [path.name for path in sorted(FOLDER.iterdir())]}, text)
     print(text)

@@ -1,0 +1,228 @@
+"""Grids of trainings that can be stopped and go on: one JSON file per run, and how they compare."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import provenance
+from nnmosaic.data_conversion.atomic_write import read_json, write_json
+from nnmosaic.data_conversion.dataset_json import parse_dataset_json
+
+WORKSPACE = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training on the CPU, and the images it predicts.
+
+    Attributes
+    ----------
+    dataset, configuration, fold
+        What is trained on; the plans are those in the preprocessed folder.
+    trainer, options
+        How.
+    budget : mapping
+        "epochs" and "iterations_per_epoch".
+    test : Path
+        Folder with imagesTs, labelsTs and dataset.json.
+    """
+
+    dataset: str
+    configuration: str
+    trainer: str
+    budget: Mapping[str, int]
+    test: Path
+    options: Mapping[str, str] = field(default_factory=dict)
+    fold: int | str = "all"
+
+
+def use_workspace(work: Path) -> None:
+    """Set nnU-Net's variables, before it is imported."""
+    for name in WORKSPACE:
+        os.environ[name] = str(work / name)
+        (work / name).mkdir(parents=True, exist_ok=True)
+
+
+def command(*arguments: str) -> None:
+    """Run an nnMosaic command."""
+    run = [sys.executable, "-m", "nnmosaic.pipeline.cli", *arguments]
+    subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
+
+
+def link(source: Path, target: Path) -> None:
+    """Make a link to a file, and the folder that it is in."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.symlink_to(source.resolve())
+
+
+def preprocess_with_one_plan(
+    preprocessed: Path, folders: Sequence[str], configuration: str
+) -> None:
+    """Preprocess datasets, all with the CPU plan of the first one."""
+    plans: Any = None
+    for name in folders:
+        flags = ["-d", name, "-c", configuration]
+        if plans is None:
+            command("plan_and_preprocess", *flags, "--device", "cpu")
+            plans = read_json(preprocessed / name / "nnUNetPlans.json")
+        else:
+            (preprocessed / name).mkdir(parents=True, exist_ok=True)
+            plans_of_it = {**plans, "dataset_name": name}
+            write_json(plans_of_it, preprocessed / name / "nnUNetPlans.json")
+            command("plan_and_preprocess", *flags, "--keep_plans")
+
+
+# ------------------------------------------------------------------ one run
+
+
+def train_and_predict(
+    training: Training, seed: int, output: Path, *, probabilities: bool = False
+) -> Path:
+    """Train, predict the test images without mirroring, and return the folder with label maps."""
+    import torch
+
+    import benchmarks.baselines  # noqa: F401 - registers the peers
+    from nnmosaic.pipeline.predict import predict
+    from nnmosaic.planners.plans_section import RunSettings
+    from nnmosaic.trainers.lookup import trainer_class
+
+    shutil.rmtree(output, ignore_errors=True)
+    folder = Path(os.environ["nnUNet_preprocessed"]) / training.dataset
+    os.environ["nnUNet_results"] = str(output)
+    plans = {**read_json(folder / "nnUNetPlans.json"), "continue_training": False}
+    content = read_json(folder / "dataset.json")
+    trainer: Any = trainer_class(training.trainer)(
+        plans, training.configuration, training.fold, content, torch.device("cpu")
+    )
+    settings = RunSettings(
+        **training.budget,
+        val_iterations_per_epoch=1,
+        seed=seed,
+        options=dict(training.options) or None,
+    )
+    trainer.request_settings(settings)
+    trainer.run_training()
+    predict(
+        training.test / "imagesTs", output / "predictions", Path(trainer.output_folder_base),
+        folds=[training.fold], mirroring=False, save_probabilities=probabilities, device="cpu",
+        workers=1,
+    )  # fmt: skip
+    return output / "predictions"
+
+
+def scores(predictions: Path, test: Path) -> dict[str, dict[str, list[float]]]:
+    """Return case -> class -> [Dice, TP, FN] of predicted test images."""
+    from nnmosaic.trainers.masked_evaluation import evaluate_folder
+
+    dataset = parse_dataset_json(read_json(test / "dataset.json"))
+    summary = evaluate_folder(test / "labelsTs", predictions, dataset)
+    names = summary["labels"]
+    return {
+        Path(case["reference_file"]).name.removesuffix(dataset.file_ending): {
+            names[key]: [case["metrics"][key][metric] for metric in ("Dice", "TP", "FN")]
+            for key in names
+        }
+        for case in summary["metric_per_case"]
+    }
+
+
+def what_it_took(start: float) -> dict[str, Any]:
+    """Return seconds since ``start``, threads and provenance, for the file of a run."""
+    import torch
+
+    seconds = round(time.perf_counter() - start, 1)
+    return {"seconds": seconds, "threads": torch.get_num_threads(), **provenance()}
+
+
+# ------------------------------------------------------------------ all runs
+
+
+def make_missing(module: str, runs: Mapping[Path, Sequence[str]], work: Path, *, jobs: int) -> None:
+    """Make every run whose file is missing, ``python -m MODULE --one *run``, ``jobs`` at a time."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    own_threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+    environment = {**os.environ, **own_threads, "nnUNet_n_proc_DA": "0"}
+
+    def make(item: tuple[Path, Sequence[str]]) -> None:
+        path, run = item
+        log = work / "logs" / f"{path.stem}.log"
+        log.parent.mkdir(exist_ok=True)
+        process = [sys.executable, "-m", module, "--work", str(work), "--one", *run]
+        with log.open("w") as output:
+            code = subprocess.run(process, env=environment, stdout=output, stderr=output).returncode
+        print(time.strftime("%H:%M:%S"), *run, "done" if code == 0 else f"FAILED, see {log}",
+              flush=True)  # fmt: skip
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(make, ((path, run) for path, run in runs.items() if not path.is_file())))
+
+
+def file_name(*words: object) -> str:
+    """Return the name of a run's file."""
+    safe = ("".join(c if c.isalnum() else "_" for c in str(word)) for word in words)
+    return "__".join(safe) + ".json"
+
+
+# ------------------------------------------------------------------ comparison
+
+
+def mean_dice(runs: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Return case -> Dice per class, mean over runs."""
+    cases = runs[0]["dice_tp_fn"]
+    return {
+        case: np.mean(
+            [[values[0] for values in run["dice_tp_fn"][case].values()] for run in runs], axis=0
+        )
+        for case in cases
+    }
+
+
+def difference_interval(
+    first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], subjects: Mapping[str, str]
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval, over subjects, of the difference in mean Dice."""
+    members: dict[str, list[float]] = {}
+    for case, dice in first.items():
+        members.setdefault(subjects.get(case, case), []).append(
+            float(np.nanmean(dice) - np.nanmean(second[case]))
+        )
+    groups = list(members.values())
+    rng = np.random.default_rng(0)
+    means = [
+        np.mean(np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))]))
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def comparison_row(
+    runs: Sequence[Mapping[str, Any]],
+    reference: Sequence[Mapping[str, Any]],
+    subjects: Mapping[str, str],
+) -> list[str]:
+    """Return Dice per class, mean, range over runs, and points against the reference's runs."""
+    dice, other = mean_dice(runs), mean_dice(reference)
+    values = np.array(list(dice.values()))
+    per_run = [float(np.mean(list(mean_dice([run]).values()))) for run in runs]
+    change = ""
+    if runs is not reference:
+        low, high = (100 * bound for bound in difference_interval(dice, other, subjects))
+        points = 100 * (values.mean() - np.mean(list(other.values())))
+        change = f"{points:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return [
+        *(f"{value:.3f}" for value in values.mean(0)),
+        f"{values.mean():.4f}",
+        f"{min(per_run):.4f} - {max(per_run):.4f}",
+        change,
+    ]
