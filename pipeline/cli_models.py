@@ -17,6 +17,7 @@ from nnmosaic.pipeline.cli_arguments import (
     positive,
     positive_float,
     run_settings_arguments,
+    seed,
     workspace_argument,
 )
 from nnmosaic.pipeline.defaults import DEFAULT_PLANS, DEFAULT_TRAINER
@@ -123,6 +124,41 @@ def _do_predict(options: argparse.Namespace) -> int:
         workers=options.np,
     )
     return SOME_CASES_FAILED if failures else DONE
+
+
+def add_context_dice(commands: Any) -> None:
+    """Add ``context_dice``."""
+    parser = add_command(
+        commands,
+        "context_dice",
+        "Dice of a trained fold where the image is hidden, and at patch borders",
+        _do_context_dice,
+    )
+    workspace_argument(parser)
+    dataset_argument(parser)
+    parser.add_argument("-c", required=True, metavar="CONFIGURATION")
+    parser.add_argument("-f", type=seed, default=0, metavar="FOLD", help="default: %(default)s")
+    model_arguments(parser)
+    parser.add_argument(
+        "-chk", default="checkpoint_final.pth", metavar="FILE", help="default: %(default)s"
+    )
+
+
+def _do_context_dice(options: argparse.Namespace) -> None:
+    from nnmosaic.pipeline.context_dice import context_dice
+
+    print(
+        context_dice(
+            open_workspace(options.workspace),
+            options.d,
+            options.c,
+            options.f,
+            trainer=options.tr,
+            plans_name=options.p,
+            checkpoint=options.chk,
+            device=options.device,
+        )
+    )
 
 
 def add_ensemble(commands: Any) -> None:
@@ -287,6 +323,7 @@ MODEL_COMMANDS = (
     add_train,
     add_predict,
     add_ensemble,
+    add_context_dice,
     add_evaluate,
     add_find_best,
     add_run,

@@ -15,6 +15,7 @@ import pytest
 
 from nnmosaic.pipeline.cli import _parser
 from nnmosaic.trainers import TRAINERS
+from nnmosaic.trainers.context_reconstruction.trainer import nnUNetTrainerContextReconstruction
 from nnmosaic.trainers.options import option_types
 from nnmosaic.trainers.self_disambiguation.trainer import nnUNetTrainerSelfDisambiguation
 
@@ -96,11 +97,18 @@ def test_linked_files_exist() -> None:
             assert link.startswith("https://") or (page.parent / link).is_file(), link
 
 
-def test_every_option_is_in_the_docs() -> None:
-    page = DOCS[ROOT / "docs" / "partial_labels.md"]
-    for name, kind in option_types(nnUNetTrainerSelfDisambiguation).items():
+@pytest.mark.parametrize(
+    ("trainer", "file"),
+    [
+        (nnUNetTrainerSelfDisambiguation, "partial_labels.md"),
+        (nnUNetTrainerContextReconstruction, "context_reconstruction.md"),
+    ],
+)
+def test_every_option_is_in_the_docs(trainer: type, file: str) -> None:
+    page = DOCS[ROOT / "docs" / file]
+    for name, kind in option_types(trainer).items():
         assert f"`{name}`" in page
-        default = getattr(nnUNetTrainerSelfDisambiguation, name)
+        default = getattr(trainer, name)
         words = [str(default).lower()] if kind is bool else get_args(kind) or [f"{default:g}"]
         rows = [line for line in page.splitlines() if line.startswith("|")]
         (row,) = [line for line in rows if f"`{name}`" in line]

@@ -1,0 +1,132 @@
+"""How well a network segments what it cannot see (context_reconstruction.md, 7.10).
+
+Dice at voxels that are hidden by fixed masks, and next to the border of a patch that cuts through
+the organs; each beside the Dice of the same voxels in full view.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from torch import Tensor
+
+from nnmosaic.trainers.context_reconstruction.masking import draw_mask, generator_of, to_voxels
+
+RATIOS = (0.2, 0.4, 0.6)
+BORDER = 8
+"""The border is this part of the patch: an eighth."""
+
+Counts = dict[str, np.ndarray]
+
+
+def readout(
+    network: Callable[[Tensor], Tensor],
+    data: np.ndarray,
+    labels: np.ndarray,
+    *,
+    patch_size: Sequence[int],
+    block: Sequence[int],
+    classes: int,
+    device: torch.device,
+) -> Counts:
+    """Return how many voxels of one case were right and wrong, out of view and in view.
+
+    Parameters
+    ----------
+    network : callable
+        From images (1, channels, *patch_size) to logits (1, classes, *patch_size), evaluating.
+    data : ndarray, shape (channels, *spatial)
+        Preprocessed image.
+    labels : ndarray, shape (*spatial)
+        Label map with a foreground voxel at least; below 0: outside of the image.
+    block : sequence of int
+        Voxels of a cell.
+
+    Returns
+    -------
+    dict of ndarray, shape (classes, 3)
+        True positives, false positives and false negatives of "hidden R" and "hidden R, in view"
+        for each ratio R, of "border" and of "border, in view".
+    """
+    centre = np.round(np.argwhere(labels > 0).mean(0)).astype(int)
+
+    def patch(at: np.ndarray) -> tuple[Tensor, Tensor]:
+        box = [[int(c - n // 2), int(c - n // 2 + n)] for c, n in zip(at, patch_size, strict=True)]
+        image = crop_and_pad_nd(data, [[0, len(data)], *box], 0)
+        target = crop_and_pad_nd(labels, box, -1)
+        return torch.from_numpy(image)[None].float().to(device), torch.from_numpy(target)
+
+    def predict(image: Tensor) -> Tensor:
+        with torch.no_grad():
+            return network(image)[0].argmax(0).cpu()
+
+    image, target = patch(centre)
+    in_view = predict(image)
+    found: Counts = {}
+    grid = [n // b for n, b in zip(patch_size, block, strict=True)]
+    for ratio in RATIOS:
+        cells = draw_mask(grid, 1, ratio=ratio, kind="block", generator=generator_of(0))
+        hidden = to_voxels(cells, block)
+        masked = predict(image.masked_fill(hidden.to(device), 0))
+        found[f"hidden {ratio}"] = _counts(masked, target, hidden[0, 0], classes)
+        found[f"hidden {ratio}, in view"] = _counts(in_view, target, hidden[0, 0], classes)
+    found["border"] = np.zeros((classes, 3), int)
+    found["border, in view"] = np.zeros((classes, 3), int)
+    for axis in range(len(patch_size))[-2:]:
+        for side in (-1, 1):
+            # A patch that ends at the centre, and its last planes.
+            size, width = patch_size[axis], max(1, patch_size[axis] // BORDER)
+            shift = np.zeros(len(patch_size), int)
+            shift[axis] = size // 2 if side > 0 else size // 2 - size
+            image, shifted_target = patch(centre + shift)
+            start = 0 if side > 0 else size - width
+            middle = size // 2 if side > 0 else size // 2 - width
+            border = predict(image).narrow(axis, start, width)
+            there = shifted_target.narrow(axis, start, width)
+            seen = in_view.narrow(axis, middle, width)
+            everywhere = torch.ones_like(there, dtype=torch.bool)
+            found["border"] += _counts(border, there, everywhere, classes)
+            found["border, in view"] += _counts(
+                seen, target.narrow(axis, middle, width), everywhere, classes
+            )
+    return found
+
+
+def _counts(found: Tensor, target: Tensor, where: Tensor, classes: int) -> np.ndarray:
+    inside = where & (target >= 0) & (target < classes)
+    f, t = found[inside], target[inside]
+    return np.array(
+        [
+            [
+                ((f == c) & (t == c)).sum().item(),
+                ((f == c) & (t != c)).sum().item(),
+                ((f != c) & (t == c)).sum().item(),
+            ]
+            for c in range(classes)
+        ]
+    )
+
+
+def dice_of(counts: Sequence[Counts]) -> dict[str, np.ndarray]:
+    """Return Dice per class without background, mean over the cases in which there is any voxel.
+
+    Parameters
+    ----------
+    counts : sequence of dict
+        What `readout` returned for each case.
+
+    Returns
+    -------
+    dict of ndarray, shape (classes - 1,)
+        NaN where no case has any.
+    """
+    result = {}
+    for name in counts[0]:
+        tp, fp, fn = np.stack([case[name][1:] for case in counts]).astype(float).transpose(2, 0, 1)
+        union = 2 * tp + fp + fn
+        dice = np.divide(2 * tp, union, out=np.full_like(tp, np.nan), where=union > 0)
+        cases = (union > 0).sum(0)
+        sums = np.nansum(dice, 0)
+        result[name] = np.divide(sums, cases, out=np.full_like(sums, np.nan), where=cases > 0)
+    return result
