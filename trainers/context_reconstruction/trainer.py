@@ -36,9 +36,9 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
         "mask_kind", "mask_ratio", "mask_min_cells", "mask_fill", "mask_foreground",
-        "mask_per_sample", "masked_weight", "masked_fraction", "every_k", "reconstruction",
-        "reconstruction_weight", "reconstruction_region", "reconstruction_ramp", "temperature",
-        "momentum", "momentum_base", "momentum_warmup",
+        "mask_per_sample", "mask_curriculum", "masked_weight", "masked_fraction", "every_k",
+        "reconstruction", "reconstruction_weight", "reconstruction_goal", "reconstruction_region",
+        "reconstruction_ramp", "temperature", "momentum", "momentum_base", "momentum_warmup",
     )  # fmt: skip
 
     mask_kind: MaskKind = "block"
@@ -53,6 +53,8 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
     """Hide cells full of foreground ten times as often as empty ones."""
     mask_per_sample: bool = True
     """Draw for every sample; otherwise one mask for the batch, as released."""
+    mask_curriculum: bool = False
+    """Let the ratio rise over the training, from a third of itself."""
     masked_weight: float = 1.0
     """Of the labels in the masked pass."""
     masked_fraction: Fraction = Fraction(1.0)
@@ -63,8 +65,11 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
     """How student and teacher are compared; see `reconstruction_loss`."""
     reconstruction_weight: float = 0.5
     """Of the teacher in the masked pass."""
+    reconstruction_goal: Literal["teacher", "complement"] = "teacher"
+    """Learn from the teacher; or, without one, from the same patch with the opposite holes (7.5).
+    """
     reconstruction_region: Literal["all", "hidden"] = "all"
-    """Voxels at which the teacher counts."""
+    """Voxels at which the goal counts."""
     reconstruction_ramp: Fraction = Fraction(0.1)
     """Fraction of the training over which the teacher's weight rises from 0."""
     temperature: float = 1.0
@@ -78,11 +83,12 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
         """Initialise, and check what the options ask of plan and batch."""
         super().initialize()
         if self._has_masked_pass:
-            if self.mask_fill == "foreign" and self.batch_size < 2:
-                raise InputError(
-                    "--set mask_fill=foreign needs a batch of at least 2 samples on every GPU. "
-                    "Choose zero or noise."
-                )
+            for name, value in (("mask_fill", "foreign"), ("reconstruction_goal", "complement")):
+                if getattr(self, name) == value and self.batch_size < 2:
+                    raise InputError(
+                        f"--set {name}={value} needs a batch of at least 2 samples on every GPU. "
+                        "Leave it out."
+                    )
             try:
                 self._draw(1, generator_of(0), None)
             except ValueError as error:
@@ -93,6 +99,10 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
     @property
     def _has_masked_pass(self) -> bool:
         return self.masked_weight > 0 or self.reconstruction_weight > 0
+
+    @property
+    def _complementary(self) -> bool:
+        return self.reconstruction_goal == "complement" and self.reconstruction_weight > 0
 
     @cached_property
     def _block(self) -> tuple[int, ...]:
@@ -119,6 +129,8 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
         target = batch["target"]
         full_target = target[0] if isinstance(target, list) else target
         hidden = self._hidden(full_target, generator_of(*counter, 1))
+        if self._complementary:
+            hidden[len(hidden) // 2 :] = ~hidden[: len(hidden) // 2]
         filled = filler(
             batch["data"],
             self.mask_fill,
@@ -132,11 +144,16 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
         if self.masked_weight > 0:
             loss = self.segmentation_loss(logits, target, batch)
             terms["masked"] = self.masked_weight * loss
-        if self.reconstruction_weight > 0 and self.teacher is not None:
-            full = logits[0] if isinstance(logits, list | tuple) else logits
+        full = logits[0] if isinstance(logits, list | tuple) else logits
+        goal = None
+        if self._complementary:
+            goal = full.detach().roll(len(full) // 2, 0)
+        elif self.reconstruction_weight > 0 and self.teacher is not None:
+            goal = self.teacher(batch["data"])
+        if goal is not None:
             value = reconstruction_loss(
                 full,
-                self.teacher(batch["data"]),
+                goal,
                 form=self.reconstruction,
                 temperature=self.temperature,
                 regions=self.label_manager.has_regions,
@@ -154,9 +171,11 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
         samples = len(data)
         batch = {**batch, "others": data.roll(-1, 0)}
         number = max(1, round(self.masked_fraction * samples))
-        if number == samples:
+        if number == samples and not self._complementary:
             return batch
         chosen = torch.randperm(samples, generator=generator)[:number].sort().values
+        if self._complementary:
+            chosen = chosen[: max(1, number // 2)].repeat(2)
         index = chosen.to(data.device)
         target = batch["target"]
         return {
@@ -177,13 +196,16 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
             )
         cells = self._draw(samples, generator, foreground)
         hidden = to_voxels(cells.to(self.device, non_blocking=True), self._block)
-        return hidden.expand(len(target), *hidden.shape[1:])
+        return hidden.repeat(len(target) // samples, *[1] * (hidden.dim() - 1))
 
     def _draw(self, samples: int, generator: torch.Generator, foreground: Tensor | None) -> Tensor:
+        ratio = self.mask_ratio
+        if self.mask_curriculum:
+            ratio = Fraction(ratio * (1 + 2 * self.progress()) / 3)
         return draw_mask(
             self._grid,
             samples,
-            ratio=self.mask_ratio,
+            ratio=ratio,
             kind=self.mask_kind,
             generator=generator,
             foreground=foreground,
@@ -197,7 +219,7 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
 
     def teacher_momentum(self) -> float | None:
         """Return the momentum of the schedule that was chosen."""
-        if self.reconstruction_weight == 0:
+        if self.reconstruction_weight == 0 or self._complementary:
             return super().teacher_momentum()
         if self.momentum == "mean_teacher":
             return forgetting_momentum(self.iteration, self.momentum_base)

@@ -19,6 +19,7 @@ from nnmosaic.pipeline.predict import predict
 from nnmosaic.planners.plans_section import RunSettings
 from nnmosaic.trainers.base import nnUNetTrainerMosaic
 from nnmosaic.trainers.checkpoint import read_checkpoint
+from nnmosaic.trainers.context_reconstruction.loss import reconstruction_loss
 from nnmosaic.trainers.context_reconstruction.trainer import nnUNetTrainerContextReconstruction
 from nnmosaic.trainers.ema_teacher import EXPORTED
 from nnmosaic.trainers.self_disambiguation_context import nnUNetTrainerSelfDisambiguationContext
@@ -171,6 +172,37 @@ def test_a_masked_sample_keeps_its_label_and_its_case(started: Make) -> None:
     masked, i = trainer.inputs[0], batch["keys"].index(seen[0][0][0])
     foreign = masked[0] != batch["data"][i]
     assert torch.equal(masked[0][foreign], batch["data"][1 - i][foreign])
+
+
+def test_complementary_pairs_agree_without_a_teacher(started: Make) -> None:
+    options = {"mask_ratio": "0.5", "reconstruction_ramp": "0", "reconstruction_weight": "1"}
+    trainer = started(reconstruction_goal="complement", **options)
+    assert trainer.teacher is None
+    batch = scripted(trainer, 0)
+    outputs = trainer.train_step(batch)
+    first, second = trainer.inputs[1]
+    hidden = first == 0
+    assert torch.equal(second == 0, ~hidden)
+    image = next(x for x in batch["data"] if torch.equal(x[~hidden], first[~hidden]))
+    assert torch.equal(second[hidden], image[hidden])
+    assert outputs["reconstruction"] > 0
+    trainer.network.train()
+    logits = torch.stack(list(trainer.network(trainer.inputs[1])[0]))
+    one, other = (reconstruction_loss(logits[[i]], logits[[1 - i]], form="kl") for i in (0, 1))
+    trainer._hidden = lambda target, _: torch.stack([hidden, hidden])
+    trainer._some_samples = lambda batch, _: {**batch, "data": torch.stack([image, image])}
+    value = trainer._masked_pass({**batch, "others": batch["data"]})["reconstruction"]
+    assert value.item() == pytest.approx((one + other).item() / 2, rel=1e-4)
+
+
+def test_the_ratio_rises_with_the_curriculum(started: Make) -> None:
+    trainer = started(mask_curriculum="true", mask_ratio="0.6")
+    shares = []
+    for trainer.iteration in range(9):
+        hidden = trainer._hidden(torch.zeros(1, 1, 16, 24, 16), torch.Generator())
+        shares.append(hidden.float().mean().item())
+    expected = [0.2 + 0.4 * (n + 1) / 9 for n in range(9)]
+    assert shares == pytest.approx(expected, abs=0.002)
 
 
 def test_terms_are_weighted_and_switched_off_by_0(started: Make) -> None:
@@ -504,8 +536,11 @@ def test_options_that_cannot_work_are_refused(
         make_trainer(Ours, options=options).initialize()
 
 
-def test_foreign_tissue_needs_another_sample(make_trainer: Make) -> None:
-    trainer = make_trainer(Ours, batch_size=1, options={"mask_fill": "foreign"})
+@pytest.mark.parametrize(
+    "option", [{"mask_fill": "foreign"}, {"reconstruction_goal": "complement"}]
+)
+def test_pairs_need_another_sample(make_trainer: Make, option: dict[str, str]) -> None:
+    trainer = make_trainer(Ours, batch_size=1, options=option)
     with pytest.raises(InputError, match="needs a batch of at least 2"):
         trainer.initialize()
 

@@ -1,0 +1,322 @@
+"""Context reconstruction with few labels, against plain nnU-Net at equal steps and equal compute.
+
+``python -m benchmarks.context_reconstruction --data SHARED_DATA`` needs ``msd_task04_hippocampus``
+and ``chaos_mr_t2spir`` in that folder. Every run is one JSON file in
+``results/context_reconstruction``; finished ones are skipped, so the command can be stopped and
+run again. ``--jobs`` run at the same time on their share of the cores. ``--only SETTING`` leaves
+out the others.
+"""
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import self_disambiguation
+from benchmarks.grid import (
+    Training,
+    command,
+    comparison_row,
+    file_name,
+    link,
+    make_missing,
+    preprocess_with_one_plan,
+    scores,
+    train_and_predict,
+    use_workspace,
+    what_it_took,
+)
+from benchmarks.report import RESULTS, footer, provenance, table, write
+from nnmosaic.data_conversion.atomic_write import read_json, write_json
+from nnmosaic.planners.few_shot import few_shot_folds
+
+FOLDER = RESULTS / "context_reconstruction"
+PLAIN, OURS = "nnUNetTrainerMosaic", "nnUNetTrainerContextReconstruction"
+SOURCES, BOTH = "nnUNetTrainerSelfDisambiguation", "nnUNetTrainerSelfDisambiguationContext"
+HIPPOCAMPUS, PARTIAL, CHAOS = "Dataset611_Full", "Dataset601_Disjoint", "Dataset621_ChaosT2"
+STEPS_PER_EPOCH = 40
+EPOCHS = 30
+DRAWS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train.
+
+    Attributes
+    ----------
+    compute : float
+        Steps of this row, in those of the others.
+    """
+
+    trainer: str = OURS
+    options: Mapping[str, str] = field(default_factory=dict)
+    compute: float = 1.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on.
+
+    Attributes
+    ----------
+    cases : int, optional
+        Training cases, in each of the draws; None: all, once.
+    reference : str
+        The row that others are compared with.
+    """
+
+    title: str
+    dataset: str
+    cases: int | None
+    rows: Mapping[str, Row]
+    draws: tuple[int, ...] = tuple(range(DRAWS))
+    reference: str = "plain nnU-Net"
+
+
+AS_RELEASED = {
+    "mask_kind": "tube", "mask_per_sample": "false", "reconstruction": "mse_over_norm",
+    "reconstruction_ramp": "0", "momentum": "released",
+}  # fmt: skip
+MASKED_ONLY = {"reconstruction_weight": "0"}
+CHOSEN: Mapping[str, str] = {}
+"""Options of the recipe that is compared everywhere: the trainer's defaults."""
+PLAIN_ROWS = {
+    "plain nnU-Net": Row(PLAIN),
+    "plain, equal compute": Row(PLAIN, compute=7 / 3),
+}
+CHOSEN_ROWS = {**PLAIN_ROWS, "context reconstruction": Row(options=CHOSEN)}
+CANDIDATES: Mapping[str, Mapping[str, str]] = {
+    "foreground-aware masks": {"mask_foreground": "true"},
+    "foreign tissue": {"mask_fill": "foreign"},
+    "ratio curriculum to 0.6": {"mask_ratio": "0.6", "mask_curriculum": "true"},
+    "complementary pairs, ratio 0.5": {"mask_ratio": "0.5", "reconstruction_goal": "complement"},
+    "hidden voxels only": {"reconstruction_region": "hidden"},
+    "larger cells (8)": {"mask_min_cells": "5"},
+    "tubes": {"mask_kind": "tube"},
+    "ratio 0.6": {"mask_ratio": "0.6"},
+    "teacher as mean teacher": {"momentum": "mean_teacher", "momentum_base": "0.99"},
+    "every second step": {"every_k": "2"},
+    "half of the batch": {"masked_fraction": "0.5"},
+    "teacher without masked labels": {"masked_weight": "0", "reconstruction_weight": "1"},
+}
+"""The search (spec section 7), written down before the first run; on draws 0 and 1."""
+SETTINGS = {
+    "few4": Setting(
+        "Hippocampus, 4 training cases",
+        HIPPOCAMPUS,
+        4,
+        {
+            **PLAIN_ROWS,
+            "masked supervision only": Row(options=MASKED_ONLY),
+            "teacher as released": Row(options=AS_RELEASED),
+            "teacher as meant, kl": Row(),
+            "teacher as meant, rel_mse": Row(options={"reconstruction": "rel_mse"}),
+        },
+    ),
+    "search": Setting(
+        "Search: hippocampus, 4 training cases, draws 0 and 1",
+        HIPPOCAMPUS,
+        4,
+        {name: Row(options=options) for name, options in CANDIDATES.items()},
+        draws=(0, 1),
+    ),
+    "few2": Setting("Hippocampus, 2 training cases", HIPPOCAMPUS, 2, CHOSEN_ROWS),
+    "few8": Setting("Hippocampus, 8 training cases", HIPPOCAMPUS, 8, CHOSEN_ROWS),
+    "chaos": Setting("CHAOS T2, 3 training patients", CHAOS, 3, CHOSEN_ROWS),
+    "partial": Setting(
+        "Hippocampus, all cases, half of the subjects anterior only, the others posterior only",
+        PARTIAL,
+        None,
+        {
+            "self-disambiguation": Row(SOURCES),
+            "self-disambiguation, equal compute": Row(SOURCES, compute=7 / 3),
+            "with context reconstruction": Row(BOTH, CHOSEN),
+        },
+        reference="self-disambiguation",
+    ),
+    "full": Setting("Hippocampus, all cases", HIPPOCAMPUS, None, CHOSEN_ROWS),
+}
+
+
+# ------------------------------------------------------------------ data
+
+
+def prepare_chaos(data: Path, work: Path) -> None:
+    """Make and preprocess the CHAOS dataset; every second patient is for testing."""
+    source = data / "chaos_mr_t2spir"
+    lines = (source / "cases.csv").read_text(encoding="utf-8").split()[1:]
+    patient_of = dict(line.split(",")[:2] for line in lines)
+    held_out = set(sorted(set(patient_of.values()))[1::2])
+    for folder, suffix, testing in (
+        (work / "nnUNet_raw" / CHAOS, "Tr", False),
+        (work / "chaos_test", "Ts", True),
+    ):
+        cases = [case for case, patient in patient_of.items() if (patient in held_out) == testing]
+        for case in cases:
+            for kind, name in (("images", f"{case}_0000.nii.gz"), ("labels", f"{case}.nii.gz")):
+                link(source / f"{kind}Tr" / name, folder / f"{kind}{suffix}" / name)
+        content = {
+            "channel_names": {"0": "MRI"},
+            "labels": {
+                "background": 0, "liver": 1, "kidney_right": 2, "kidney_left": 3, "spleen": 4
+            },
+            "numTraining": len(cases), "file_ending": ".nii.gz",
+            "subjects": {case: patient_of[case] for case in cases},
+        }  # fmt: skip
+        write_json(content, folder / "dataset.json")
+    preprocess_with_one_plan(work / "nnUNet_preprocessed", [CHAOS], "3d_fullres")
+
+
+def prepare(data: Path, work: Path, settings: Sequence[str]) -> None:
+    """Make and preprocess what the settings need, unless it is there, and add few-shot folds."""
+    datasets = {SETTINGS[name].dataset for name in settings}
+    if datasets & {HIPPOCAMPUS, PARTIAL}:
+        self_disambiguation.prepare(data, work, {"hippocampus"})
+        command("few_shot", "-d", HIPPOCAMPUS, "--cases", "2", "4", "8", "--draws", str(DRAWS))
+    if CHAOS in datasets:
+        done = work / "chaos_prepared"
+        if not done.is_file():
+            prepare_chaos(data, work)
+            done.touch()
+        command("few_shot", "-d", CHAOS, "--cases", "3", "--draws", str(DRAWS))
+
+
+def test_folder(work: Path, setting: Setting) -> Path:
+    """Return the folder with unseen images."""
+    return work / ("chaos_test" if setting.dataset == CHAOS else "hippocampus_test")
+
+
+# ------------------------------------------------------------------ runs
+
+
+def one_run(work: Path, name: str, row_name: str, draw: int, seed: int) -> dict[str, Any]:
+    """Train, predict unseen subjects without mirroring, and score."""
+    start = time.perf_counter()
+    setting = SETTINGS[name]
+    row = setting.rows[row_name]
+    fold: int | str = "all"
+    if setting.cases is not None:
+        path = work / "nnUNet_preprocessed" / setting.dataset / "splits_final.json"
+        wanted = {"cases": setting.cases, "draw": draw}
+        fold = next(fold for fold, what in few_shot_folds(path).items() if what == wanted)
+    test = test_folder(work, setting)
+    training = Training(
+        setting.dataset, "3d_fullres", row.trainer,
+        {"epochs": round(EPOCHS * row.compute), "iterations_per_epoch": STEPS_PER_EPOCH},
+        test, row.options, fold,
+    )  # fmt: skip
+    output = work / "runs" / file_name("context", name, row_name, draw, seed).removesuffix(".json")
+    predictions = train_and_predict(training, seed, output)
+    return {
+        "setting": name, "row": row_name, "draw": draw, "seed": seed,
+        "dice_tp_fn": scores(predictions, test), **what_it_took(start),
+    }  # fmt: skip
+
+
+def result_path(setting: str, row: str, draw: int, seed: int) -> Path:
+    """Return where a run's result goes."""
+    return FOLDER / file_name(setting, row, draw, seed)
+
+
+def all_runs(settings: Sequence[str], seeds: Sequence[int]) -> dict[Path, tuple[str, ...]]:
+    """Return file -> arguments of every run, draw by draw; draw n adds n to the seed."""
+    return {
+        result_path(name, row, draw, draw + seed): (name, row, str(draw), str(draw + seed))
+        for name in settings
+        for seed in seeds
+        for draw in SETTINGS[name].draws
+        for row in SETTINGS[name].rows
+    }
+
+
+# ------------------------------------------------------------------ report
+
+
+def setting_table(name: str, subjects: Mapping[str, str]) -> str:
+    """Return the table of one setting, on the draws and seeds that its reference has, too."""
+    setting = SETTINGS[name]
+    holder = name if setting.reference in setting.rows else "few4"
+    runs: dict[str, dict[tuple[int, int], dict[str, Any]]] = {}
+    for path in sorted({*FOLDER.glob(f"{name}__*.json"), *FOLDER.glob(f"{holder}__*.json")}):
+        run = read_json(path)
+        runs.setdefault(run["row"], {})[run["draw"], run["seed"]] = run
+    drawn = runs.get(setting.reference, {})
+    rows = []
+    classes: list[str] = []
+    for row in dict.fromkeys([setting.reference, *setting.rows]):
+        both = sorted(set(runs.get(row, {})) & set(drawn))
+        if both:
+            ours, reference = [runs[row][which] for which in both], [drawn[w] for w in both]
+            classes = list(next(iter(ours[0]["dice_tp_fn"].values())))
+            compared = comparison_row(
+                ours, ours if row == setting.reference else reference, subjects
+            )
+            minutes = sum(run["seconds"] for run in ours) / len(ours) / 60
+            which = ", ".join(f"{draw}/{seed}" for draw, seed in both)
+            rows.append([row, *compared, f"{minutes:.1f}", which])
+    if not rows:
+        return f"## {setting.title}\n\nNo run of {setting.reference} yet."
+    header = ["row", *classes, "mean Dice", "runs from - to",
+              f"points against {setting.reference} [95 %]", "minutes", "draw/seed"]  # fmt: skip
+    return f"## {setting.title}\n\n{table(header, rows)}"
+
+
+def report(work: Path) -> str:
+    """Return the result page from all finished runs."""
+    parts = []
+    sources: dict[str, dict[str, Any]] = {}
+    for name, setting in SETTINGS.items():
+        test = test_folder(work, setting) / "dataset.json"
+        if test.is_file():
+            parts.append(setting_table(name, read_json(test)["subjects"]))
+    for path in sorted(FOLDER.glob("*.json")):
+        run = read_json(path)
+        source = {key: run[key] for key in (*provenance(), "threads")}
+        sources[footer(source)] = source
+    text = "\n\n".join(parts)
+    return (
+        "# Context reconstruction against plain nnU-Net\n\n"
+        "Made by `python -m benchmarks.context_reconstruction`. All rows of a setting share plan "
+        f"(CPU plan, batch 2, AdamW), training cases and seeds; {EPOCHS * STEPS_PER_EPOCH} steps, "
+        "with equal compute 7/3 of them. They predict unseen subjects without mirroring. Dice: "
+        "mean over test cases and runs; intervals: bootstrap over subjects, of the difference on "
+        "the same draws and seeds. Minutes: training and prediction on one core, beside another "
+        f"run.\n\n{text}\n\nRuns: " + " / ".join(sources) + "\n"
+    )
+
+
+def main() -> None:
+    """Prepare what is missing, make the missing runs, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--work", type=Path, default=Path("benchmark_work/self_disambiguation"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--report", action="store_true", help="only the page, of finished runs")
+    parser.add_argument(
+        "--one", nargs=4, metavar=("SETTING", "ROW", "DRAW", "SEED"), help="a single run"
+    )
+    options = parser.parse_args()
+    work = options.work.resolve()
+    use_workspace(work)
+    FOLDER.mkdir(exist_ok=True)
+    if options.one:
+        setting, row, draw, seed = options.one
+        result = one_run(work, setting, row, int(draw), int(seed))
+        write_json(result, result_path(setting, row, int(draw), int(seed)))
+        return
+    if not options.report:
+        prepare(options.data.resolve(), work, options.only)
+        runs = all_runs(options.only, options.seeds)
+        make_missing("benchmarks.context_reconstruction", runs, work, jobs=options.jobs)
+    text = report(work)
+    write("context_reconstruction", {"runs": [p.name for p in sorted(FOLDER.iterdir())]}, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
