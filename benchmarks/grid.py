@@ -105,7 +105,8 @@ def train_and_predict(
         plans, training.configuration, training.fold, content, torch.device("cpu")
     )
     settings = RunSettings(
-        **training.budget,
+        epochs=training.budget["epochs"],
+        iterations_per_epoch=training.budget["iterations_per_epoch"],
         val_iterations_per_epoch=1,
         seed=seed,
         options=dict(training.options) or None,

@@ -25,8 +25,14 @@ from nnmosaic.data_conversion.atomic_write import read_json, write_json
 COMPLETE = "Dataset001_Hippocampus"
 LABELS = {"background": 0, "anterior": 1, "posterior": 2}
 FOLDS = ("0", "1", "2", "3", "4")
-STEPS, WARM_UP = 60, 5
-STEP_VARIANTS: Mapping[str, Mapping[str, str] | None] = {"stock": None, "nnMosaic": {}}
+STEPS, WARM_UP = 60, 6
+SELF_DISAMBIGUATION = "nnUNetTrainerSelfDisambiguation"
+Variant = tuple[str, Mapping[str, str]]
+"""A trainer of ours and its options."""
+STEP_VARIANTS: Mapping[str, Variant | None] = {
+    "stock": None,
+    "nnMosaic": (SELF_DISAMBIGUATION, {}),
+}
 # Odd numbers belong to a source that annotates "anterior", even ones to "posterior".
 SOURCES = {
     "A": {"pattern": "[13579]$", "annotated": ["anterior"]},
@@ -155,28 +161,27 @@ def plan_for_cpu(work: Path) -> None:
     write_json(plans, folder / "nnUNetPlans.json")
 
 
-def make_trainer(work: Path, options: Mapping[str, str] | None) -> Any:
-    """Return a trainer of fold 0 of the CPU plan.
+def make_trainer(work: Path, variant: Variant | None) -> Any:
+    """Return a trainer of fold 0 of the CPU plan; None: stock nnU-Net.
 
-    Parameters
-    ----------
-    options : mapping, optional
-        Of self-disambiguation, on two half labelled sources; None: stock nnU-Net.
+    Self-disambiguation has two half labelled sources.
     """
     import torch
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     from nnmosaic.planners.plans_section import RunSettings
-    from nnmosaic.trainers.self_disambiguation.trainer import nnUNetTrainerSelfDisambiguation
+    from nnmosaic.trainers.lookup import trainer_class
 
     folder = work / "nnUNet_preprocessed" / COMPLETE
     content = read_json(folder / "dataset.json")
     plans = {**read_json(folder / "nnUNetPlans.json"), "continue_training": False}
     arguments = (plans, "3d_fullres", 0, content, torch.device("cpu"))
-    if options is None:
+    if variant is None:
         return nnUNetTrainer(*arguments)
-    content["partial_labels"] = {"sources": SOURCES}
-    trainer = nnUNetTrainerSelfDisambiguation(*arguments)
+    name, options = variant
+    if name.startswith(SELF_DISAMBIGUATION):
+        content["partial_labels"] = {"sources": SOURCES}
+    trainer: Any = trainer_class(name)(*arguments)
     trainer.request_settings(RunSettings(options=dict(options) or None))
     return trainer
 
@@ -203,19 +208,20 @@ def half_labelled(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def time_training_step(
-    work: Path, variants: Mapping[str, Mapping[str, str] | None]
+    work: Path, variants: Mapping[str, Variant | None]
 ) -> dict[str, list[float]]:
-    """Time single steps of all variants on the same batches, alternating."""
-    trainers = {name: start(make_trainer(work, options)) for name, options in variants.items()}
+    """Time steps of all variants on the same batches, alternating; each value is of two steps."""
+    trainers = {name: start(make_trainer(work, variant)) for name, variant in variants.items()}
     loader = next(iter(trainers.values())).dataloader_train
     batches = [half_labelled(next(loader)) for _ in range(8)]
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for step in range(WARM_UP + STEPS):
+    for step in range(0, WARM_UP + STEPS, 2):
         for name, trainer in trainers.items():
             begin = time.perf_counter()
-            trainer.train_step(batches[step % len(batches)])
+            for i in (step, step + 1):  # some options change every second step
+                trainer.train_step(batches[i % len(batches)])
             if step >= WARM_UP:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append((time.perf_counter() - begin) / 2)
     return times
 
 

@@ -1,7 +1,7 @@
-"""Time and memory of a training step with the options of self-disambiguation, against nnU-Net.
+"""Time and memory of a training step with each method and its options, against nnU-Net.
 
 ``python -m benchmarks.training_step --data MSD_FOLDER`` needs the hippocampus data of the Medical
-Segmentation Decathlon (imagesTr, labelsTr). Takes about 10 minutes on 2 cores; run nothing else
+Segmentation Decathlon (imagesTr, labelsTr). Takes about 15 minutes on 2 cores; run nothing else
 meanwhile. Finished parts are kept in ``--work``.
 """
 
@@ -16,7 +16,9 @@ from statistics import median
 from typing import Any
 
 from benchmarks.pipeline import (
+    SELF_DISAMBIGUATION,
     STEPS,
+    Variant,
     finished,
     half_labelled,
     make_trainer,
@@ -30,13 +32,22 @@ from benchmarks.report import footer, provenance, table, write
 MEMORY_STEPS, REPEATS = 6, 3
 PLAIN = "plain nnU-Net"
 ENTROPY = {"entropy": "conditional"}
-VARIANTS: Mapping[str, Mapping[str, str] | None] = {
+CONTEXT = "nnUNetTrainerContextReconstruction"
+VARIANTS: Mapping[str, Variant | None] = {
     PLAIN: None,
-    "self-disambiguation": {},
-    "with entropy": ENTROPY,
-    "with entropy and source heads": {**ENTROPY, "source_heads": "true"},
-    "with entropy and teacher": {**ENTROPY, "ema_teacher": "true"},
-    "authors' losses and entropy": {"loss_form": "authors", "entropy": "full"},
+    "self-disambiguation": (SELF_DISAMBIGUATION, {}),
+    "with entropy": (SELF_DISAMBIGUATION, ENTROPY),
+    "with entropy and source heads": (SELF_DISAMBIGUATION, {**ENTROPY, "source_heads": "true"}),
+    "with entropy and teacher": (SELF_DISAMBIGUATION, {**ENTROPY, "ema_teacher": "true"}),
+    "authors' losses and entropy": (
+        SELF_DISAMBIGUATION,
+        {"loss_form": "authors", "entropy": "full"},
+    ),
+    "context reconstruction": (CONTEXT, {}),
+    "context reconstruction without teacher": (CONTEXT, {"reconstruction_weight": "0"}),
+    "context reconstruction, every second step": (CONTEXT, {"every_k": "2"}),
+    "context reconstruction, half of the batch": (CONTEXT, {"masked_fraction": "0.5"}),
+    "self-disambiguation and context": (f"{SELF_DISAMBIGUATION}Context", {}),
 }
 
 
@@ -86,9 +97,10 @@ def report(
     header = ["variant", "step, median s", "ratio", "peak memory, GB", "ratio"]
     return (
         "# Time and memory of a training step\n\n"
-        "Made by `python -m benchmarks.training_step`: hippocampus, CPU plan, fp32, two half "
-        f"labelled sources, seed 0. Time: {STEPS} steps per variant on the same batches, "
-        "alternating, ratio of medians. Memory: of the whole process, the median of "
+        "Made by `python -m benchmarks.training_step`: hippocampus, CPU plan, fp32, seed 0; "
+        "self-disambiguation has two half labelled sources. Time: "
+        f"{STEPS} steps per variant on the same batches, in pairs, alternating, ratio of medians. "
+        "Memory: of the whole process, the median of "
         f"{REPEATS}.\n\n{table(header, rows)}\n\n{footer(source)}\n"
     )
 
