@@ -1,0 +1,1 @@
+"""Several annotations per case (methods/multi_rater_personalization.md)."""
