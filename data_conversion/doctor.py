@@ -13,7 +13,12 @@ from nnmosaic.data_conversion.atomic_write import read_json
 from nnmosaic.data_conversion.case_check import read_image, read_label, reader_of
 from nnmosaic.data_conversion.dataset_json import DatasetJson, read_dataset_json
 from nnmosaic.data_conversion.errors import InputError
-from nnmosaic.data_conversion.raw_dataset import FULL_LABELS_FOLDER, Case, training_cases
+from nnmosaic.data_conversion.raw_dataset import (
+    FULL_LABELS_FOLDER,
+    RATERS_FOLDER,
+    Case,
+    training_cases,
+)
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,21 @@ def _examine_case(case: Case, dataset: DatasetJson) -> tuple[list[Finding], str]
     findings: list[Finding] = []
     try:
         label = read(case, legal=dataset.legal_values(case.identifier))
+        for _, path in case.raters:
+            read(replace(case, label=path), legal=dataset.legal_values(case.identifier))
         if case.full_label is not None:
             full = read(replace(case, label=case.full_label), legal=_full_values(dataset))
             findings += _contradictions(case, label, full, dataset)
     except InputError as error:
         return [Finding(True, str(error))], digest
+    if dataset.raters and not case.raters:
+        findings.append(
+            Finding(
+                True,
+                f"Case {case.identifier!r} has no label map in {RATERS_FOLDER}, of none of "
+                f"{', '.join(dataset.raters)}. Add one, or remove the case.",
+            )
+        )
     if not np.any(label > 0):
         source = dataset.source_of(case.identifier) if not dataset.has_regions else None
         annotated = [] if source is None else [*source.annotated, *source.merged]
@@ -127,7 +142,9 @@ def _contradictions(
 
 def _stray_files(folder: Path, dataset: DatasetJson, cases: list[Case]) -> Iterator[Finding]:
     known = {path for case in cases for path in (*case.images, case.label, case.full_label)}
-    for part in ("imagesTr", "labelsTr", FULL_LABELS_FOLDER):
+    known |= {path for case in cases for _, path in case.raters}
+    parts = [f"{RATERS_FOLDER}/{rater}" for rater in dataset.raters]
+    for part in ("imagesTr", "labelsTr", FULL_LABELS_FOLDER, *parts):
         for path in sorted((folder / part).glob("*")):
             if path not in known:
                 unused = path.name.endswith(dataset.file_ending)

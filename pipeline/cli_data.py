@@ -1,8 +1,9 @@
-"""Commands on raw datasets: merge, hide_labels, sparsify, doctor."""
+"""Commands on raw datasets: merge, add_raters, hide_labels, sparsify, doctor."""
 
 # ruff: noqa: T201 - what a command answers is printed.
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from nnmosaic.data_conversion.errors import InputError
@@ -54,6 +55,88 @@ def _do_merge(options: argparse.Namespace) -> None:
             options.sources,
             renames=options.rename,
             copy_images=options.copy,
+        )
+    )
+
+
+def add_add_raters(commands: Any) -> None:
+    """Add ``add_raters``."""
+    parser = add_command(
+        commands, "add_raters", "one dataset with several annotations per case", _do_add_raters
+    )
+    workspace_argument(parser)
+    parser.add_argument(
+        "-d", type=dataset_id, required=True, metavar="ID", help="id of the new dataset"
+    )
+    parser.add_argument("-n", required=True, metavar="NAME", help="name of the new dataset")
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="FOLDER", help="images, CASE_XXXX"
+    )
+    parser.add_argument(
+        "--raters",
+        nargs="+",
+        required=True,
+        metavar="RATER=FOLDER",
+        help="label maps, CASE; a missing file: this rater has not annotated the case",
+    )
+    parser.add_argument(
+        "--labels", nargs="+", required=True, metavar="CLASS", help="names of the labels 1, 2, ..."
+    )
+    parser.add_argument(
+        "--channels", nargs="+", default=["image"], metavar="NAME", help="default: image"
+    )
+    parser.add_argument(
+        "--file_ending", default=".nii.gz", metavar="ENDING", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--fusion",
+        choices=("majority", "staple"),
+        default="majority",
+        help="the reference that nnU-Net reads (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tie",
+        choices=("background", "foreground", "first_rater"),
+        help="of --fusion majority, where raters differ by halves (default: background)",
+    )
+    parser.add_argument(
+        "--identity",
+        choices=("persistent", "exchangeable"),
+        default="persistent",
+        help="whether a rater is the same person in all cases (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--subjects", type=Path, metavar="FILE", help="CSV with the columns case and subject"
+    )
+    parser.add_argument(
+        "--copy", action="store_true", help="copy the files instead of linking to them"
+    )
+
+
+def _do_add_raters(options: argparse.Namespace) -> None:
+    if options.tie is not None and options.fusion != "majority":
+        raise InputError("--tie says something about --fusion majority only. Leave it out.")
+    from nnmosaic.data_conversion.add_raters import RaterDataset
+    from nnmosaic.pipeline.convert import add_raters
+
+    what = RaterDataset(
+        channels=options.channels,
+        classes=options.labels,
+        file_ending=options.file_ending,
+        fusion=options.fusion,
+        tie=options.tie or "background",
+        identity=options.identity,
+    )
+    print(
+        add_raters(
+            open_workspace(options.workspace),
+            options.d,
+            options.n,
+            options.images,
+            options.raters,
+            what,
+            subjects=options.subjects,
+            copy_files=options.copy,
         )
     )
 
@@ -196,4 +279,4 @@ def _do_doctor(options: argparse.Namespace) -> int:
     return BAD_INPUT if errors else DONE
 
 
-DATA_COMMANDS = (add_merge, add_hide_labels, add_sparsify, add_doctor)
+DATA_COMMANDS = (add_merge, add_add_raters, add_hide_labels, add_sparsify, add_doctor)

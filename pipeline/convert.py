@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from nnmosaic.data_conversion import add_raters as raters_of_cases
 from nnmosaic.data_conversion import hide_labels as hiding
 from nnmosaic.data_conversion import sparsify as sparsifying
 from nnmosaic.data_conversion.new_dataset import Relabelled, new_dataset_folder
@@ -74,6 +75,42 @@ def sparsify(
         workspace.raw_dataset(original), target, annotation, copy_files=copy_files
     )
     return _summary(target, written)
+
+
+def add_raters(
+    workspace: Workspace,
+    identifier: int,
+    name: str,
+    images: Path,
+    raters: Sequence[str],
+    what: raters_of_cases.RaterDataset,
+    *,
+    subjects: Path | None = None,
+    copy_files: bool = False,
+) -> str:
+    """Write ``Dataset<identifier>_<name>`` with several annotations per case; return a summary.
+
+    Parameters
+    ----------
+    raters : sequence of str
+        ``RATER=FOLDER``.
+
+    Raises
+    ------
+    InputError
+        If the id is taken, or a file cannot be used.
+    """
+    target = new_dataset_folder(workspace.raw, identifier, name)
+    cases = raters_of_cases.add_raters(
+        images,
+        raters_of_cases.parse_raters(raters),
+        target,
+        what,
+        subjects=subjects,
+        copy_files=copy_files,
+    )
+    counts = ", ".join(f"{rater} {number}" for rater, number in cases.items())
+    return f"{target}: reference by {what.fusion}; cases of each rater: {counts}"
 
 
 def _summary(target: Path, written: Relabelled) -> str:

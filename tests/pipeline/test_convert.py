@@ -84,3 +84,18 @@ def test_bad_arguments_end_with_code_2_and_one_message(
     assert code == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in raw.iterdir()] == ["Dataset005_Full"]
+
+
+def test_raters_are_added_by_the_command(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original = next(raw.glob("Dataset005_*"))
+    folders = [f"{name}={original / 'labelsTr'}" for name in ("A", "B")]
+    command = [
+        "add_raters", "-d", "9", "-n", "Raters", "--images", str(original / "imagesTr"),
+        "--raters", *folders, "--labels", "bright", "dark",
+    ]  # fmt: skip
+    assert main([*command, "--fusion", "staple", "--tie", "foreground"]) == 2
+    assert "--tie says something about --fusion majority only" in capsys.readouterr().err
+    assert main(command) == 0
+    cases = len(list((original / "labelsTr").iterdir()))
+    assert f"cases of each rater: A {cases}, B {cases}" in capsys.readouterr().out
+    assert main(["doctor", "-d", "9"]) == 0

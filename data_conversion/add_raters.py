@@ -1,0 +1,189 @@
+"""One dataset with several annotations per case (multi_rater_personalization.md, 7.1).
+
+``labelsTr`` holds a fused reference, which nnU-Net reads; ``labelsTr_raters/RATER`` the label maps
+of each rater. A rater without a file for a case has not annotated it.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from nnmosaic.data_conversion.atomic_write import write_json
+from nnmosaic.data_conversion.case_check import read_image, read_label, reader_of
+from nnmosaic.data_conversion.dataset_json import BACKGROUND, DatasetJson, parse_dataset_json
+from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.data_conversion.label_fusion import Tie, majority, staple
+from nnmosaic.data_conversion.new_dataset import building, link_file, link_images
+from nnmosaic.data_conversion.raw_dataset import RATERS_FOLDER, Case, find_image_cases
+
+
+@dataclass(frozen=True)
+class RaterDataset:
+    """What the new dataset says.
+
+    Attributes
+    ----------
+    channels : sequence of str
+        Names of the image channels.
+    classes : sequence of str
+        Names of the labels 1, 2, ...
+    fusion : {"majority", "staple"}
+        How the reference in ``labelsTr`` is made.
+    tie : {"background", "foreground", "first_rater"}
+        See `majority`.
+    identity : {"persistent", "exchangeable"}
+        Whether a rater is the same person in all cases, or the names are slots.
+    """
+
+    channels: Sequence[str]
+    classes: Sequence[str]
+    file_ending: str = ".nii.gz"
+    fusion: Literal["majority", "staple"] = "majority"
+    tie: Tie = "background"
+    identity: Literal["persistent", "exchangeable"] = "persistent"
+
+
+def add_raters(
+    images: Path,
+    raters: Mapping[str, Path],
+    target: Path,
+    what: RaterDataset,
+    *,
+    subjects: Path | None = None,
+    copy_files: bool = False,
+) -> dict[str, int]:
+    """Write a raw dataset with the label maps of several raters, and return rater -> cases.
+
+    Parameters
+    ----------
+    images : Path
+        Folder with ``CASE_XXXX`` files.
+    raters : mapping of str to Path
+        Rater -> folder with ``CASE`` files.
+    target : Path
+        Must not exist. It appears in one step, when it is complete.
+    subjects : Path, optional
+        CSV file with the columns case and subject; without it, each case is a subject.
+    copy_files : bool
+        Copy images and label maps instead of linking to them.
+
+    Raises
+    ------
+    InputError
+        If a file is broken or does not fit its image, nobody annotated a case, or a label map has
+        no image; nothing is written then.
+    """
+    ending = what.file_ending
+    cases, faults = find_image_cases(images, file_ending=ending, num_channels=len(what.channels))
+    if faults:
+        raise InputError(next(iter(faults.values())))
+    cases = [replace(case, raters=_rater_files(case, raters, ending)) for case in cases]
+    _check_files(cases, raters, images, ending)
+    content: dict[str, Any] = {
+        "channel_names": {str(i): name for i, name in enumerate(what.channels)},
+        "labels": {BACKGROUND: 0, **{name: i + 1 for i, name in enumerate(what.classes)}},
+        "numTraining": len(cases),
+        "file_ending": ending,
+        "multirater": {"raters": list(raters), "identity": what.identity},
+    }
+    if subjects is not None:
+        content["subjects"] = _read_subjects(subjects, cases)
+    dataset = parse_dataset_json(content, where=str(target / "dataset.json"))
+    write = partial(_write_case, what=what, dataset=dataset, copy_files=copy_files)
+    with building(target) as folder:
+        for rater in raters:
+            (folder / RATERS_FOLDER / rater).mkdir(parents=True)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda case: write(case, folder), cases))
+        write_json(content, folder / "dataset.json")
+    return {name: sum(name in dict(case.raters) for case in cases) for name in raters}
+
+
+def parse_raters(texts: Sequence[str]) -> dict[str, Path]:
+    """Return rater -> folder from ``RATER=FOLDER``.
+
+    Raises
+    ------
+    InputError
+        If a text is none, a rater comes twice, or a folder is missing.
+    """
+    raters: dict[str, Path] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder):
+            raise InputError(f"--raters {text}: expected RATER=FOLDER, for example A1=masks/anna.")
+        if name in raters:
+            raise InputError(f"--raters names {name} twice. Give each rater one folder.")
+        if not Path(folder).is_dir():
+            raise InputError(f"--raters {name}: {folder} does not exist or is not a folder.")
+        raters[name] = Path(folder)
+    return raters
+
+
+def _rater_files(
+    case: Case, raters: Mapping[str, Path], ending: str
+) -> tuple[tuple[str, Path], ...]:
+    files = ((name, folder / f"{case.identifier}{ending}") for name, folder in raters.items())
+    return tuple((name, path) for name, path in files if path.is_file())
+
+
+def _check_files(
+    cases: Sequence[Case], raters: Mapping[str, Path], images: Path, ending: str
+) -> None:
+    for case in cases:
+        if not case.raters:
+            raise InputError(
+                f"Case {case.identifier!r} in {images} was annotated by none of "
+                f"{', '.join(raters)}: no folder holds {case.identifier}{ending}. Add a label map, "
+                "or move the image away."
+            )
+    known = {path for case in cases for _, path in case.raters}
+    for folder in raters.values():
+        for path in sorted(folder.glob(f"*{ending}")):
+            if path not in known:
+                raise InputError(
+                    f"{path} belongs to no image in {images}. Rename it to CASE{ending}, or move "
+                    "it away."
+                )
+
+
+def _read_subjects(path: Path, cases: Sequence[Case]) -> dict[str, str]:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist.")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"case", "subject"} <= set(rows[0]):
+        raise InputError(f'{path} needs a first line with the columns "case" and "subject".')
+    subjects = {row["case"]: row["subject"] for row in rows}
+    missing = [case.identifier for case in cases if not subjects.get(case.identifier)]
+    if missing:
+        raise InputError(f"{path} names no subject for case {missing[0]!r}. Add a line.")
+    return {case.identifier: subjects[case.identifier] for case in cases}
+
+
+def _write_case(
+    case: Case, folder: Path, *, what: RaterDataset, dataset: DatasetJson, copy_files: bool
+) -> None:
+    reader = reader_of(dataset)
+    image, properties = read_image(case, reader, num_channels=len(what.channels))
+    legal = dataset.legal_values(case.identifier)
+    name = f"{case.identifier}{what.file_ending}"
+    drawn = []
+    for rater, path in case.raters:
+        one = replace(case, label=path)
+        label = read_label(one, reader, image=image, properties=properties, legal=legal)
+        drawn.append(label[0].astype(np.int64))
+        link_file(path, folder / RATERS_FOLDER / rater / name, copy=copy_files)
+    link_images(case, folder / "imagesTr", case.identifier, what.file_ending, copy=copy_files)
+    labels, classes = np.stack(drawn), len(dataset.labels)
+    if what.fusion == "staple":
+        fused = staple(labels, classes)
+    else:
+        fused = majority(labels, classes, tie=what.tie)
+    reader.write_seg(fused.astype(np.uint8), str(folder / "labelsTr" / name), properties)

@@ -1,0 +1,157 @@
+"""A dataset with several annotations per case."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+
+from nnmosaic.data_conversion.add_raters import RaterDataset, add_raters, parse_raters
+from nnmosaic.data_conversion.dataset_json import read_dataset_json
+from nnmosaic.data_conversion.doctor import examine
+from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.data_conversion.raw_dataset import training_cases
+
+WHAT = RaterDataset(channels=["T1"], classes=["ball"])
+
+
+@pytest.fixture
+def files(tmp_path: Path, save: Callable[..., None]) -> dict[str, Path]:
+    """Return folders of images and of three raters; C has not annotated case b."""
+    rng = np.random.default_rng(0)
+    for case in "ab":
+        save(tmp_path / "images" / f"{case}_0000.nii.gz", rng.random((5, 6, 7)).astype(np.float32))
+    for rater, size in (("A", 1), ("B", 2), ("C", 3)):
+        mask = np.zeros((5, 6, 7), np.uint8)
+        mask[:, :size] = 1
+        for case in "ab":
+            if rater + case != "Cb":
+                save(tmp_path / rater / f"{case}.nii.gz", mask)
+    return {name: tmp_path / name for name in ("images", "A", "B", "C")}
+
+
+def raters_of(files: dict[str, Path]) -> dict[str, Path]:
+    return {name: files[name] for name in "ABC"}
+
+
+def array(path: Path) -> np.ndarray:
+    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+
+
+def test_raters_are_kept_and_fused(files: dict[str, Path], tmp_path: Path) -> None:
+    target = tmp_path / "Dataset001_Raters"
+    assert add_raters(files["images"], raters_of(files), target, WHAT) == {"A": 2, "B": 2, "C": 1}
+    dataset = read_dataset_json(target)
+    assert dataset.raters == ("A", "B", "C")
+    assert dataset.content["multirater"]["identity"] == "persistent"
+    assert dict(dataset.labels) == {"background": 0, "ball": 1}
+    a, b = training_cases(target, dataset)
+    assert [name for name, _ in a.raters] == ["A", "B", "C"]
+    assert [name for name, _ in b.raters] == ["A", "B"]
+    assert a.raters[0][1].readlink() == files["A"] / "a.nii.gz"
+    assert array(a.label)[0].sum() == 2 * 7  # two of three
+    assert array(b.label)[0].sum() == 1 * 7  # two raters: where they differ is background
+    image = SimpleITK.ReadImage(str(a.images[0]))
+    label = SimpleITK.ReadImage(str(a.label))
+    assert label.GetOrigin() == image.GetOrigin()
+    assert examine(target) == []
+
+
+def test_ties_staple_and_subjects(files: dict[str, Path], tmp_path: Path) -> None:
+    table = tmp_path / "cases.csv"
+    table.write_text("case,subject\na,anna\nb,anna\nc,carl\n")
+    target = tmp_path / "Dataset001_Raters"
+    what = replace(WHAT, tie="foreground", identity="exchangeable")
+    add_raters(files["images"], raters_of(files), target, what, subjects=table, copy_files=True)
+    dataset = read_dataset_json(target)
+    assert dict(dataset.subjects) == {"a": "anna", "b": "anna"}
+    assert array(target / "labelsTr" / "b.nii.gz")[0].sum() == 2 * 7
+    assert not (target / "labelsTr_raters" / "A" / "a.nii.gz").is_symlink()
+    other = tmp_path / "Dataset002_Staple"
+    add_raters(files["images"], raters_of(files), other, replace(WHAT, fusion="staple"))
+    assert array(other / "labelsTr" / "a.nii.gz")[0].sum() == 2 * 7
+
+
+def without_label(files: dict[str, Path]) -> None:
+    for name in "ABC":
+        (files[name] / "a.nii.gz").unlink()
+
+
+def with_stray_label(files: dict[str, Path]) -> None:
+    (files["B"] / "a.nii.gz").rename(files["B"] / "x.nii.gz")
+
+
+def with_other_value(files: dict[str, Path]) -> None:
+    image = SimpleITK.ReadImage(str(files["C"] / "a.nii.gz"))
+    SimpleITK.WriteImage(image * 2, str(files["C"] / "a.nii.gz"))
+
+
+def with_other_shape(files: dict[str, Path]) -> None:
+    image = SimpleITK.ReadImage(str(files["A"] / "b.nii.gz"))
+    SimpleITK.WriteImage(image[:, :, :-1], str(files["A"] / "b.nii.gz"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without_label, r"Case 'a' in .* was annotated by none of A, B, C"),
+        (with_stray_label, r"x\.nii\.gz belongs to no image"),
+        (with_other_value, r"C/a\.nii\.gz holds the label value 2"),
+        (with_other_shape, r"A/b\.nii\.gz has the shape"),
+    ],
+)
+def test_files_that_do_not_fit_stop_everything(
+    files: dict[str, Path], tmp_path: Path, spoil: Callable[..., None], message: str
+) -> None:
+    spoil(files)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=message):
+        add_raters(files["images"], raters_of(files), tmp_path / "Dataset001_X", WHAT)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "needs a first line with the columns"),
+        ("case,subject\na,anna\n", "names no subject for case 'b'"),
+    ],
+)
+def test_a_subject_table_must_be_complete(
+    files: dict[str, Path], tmp_path: Path, text: str, message: str
+) -> None:
+    table = tmp_path / "cases.csv"
+    table.write_text(text)
+    with pytest.raises(InputError, match=message):
+        add_raters(files["images"], raters_of(files), tmp_path / "D", WHAT, subjects=table)
+
+
+def test_a_single_rater_and_bad_arguments_are_refused(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="at least two different"):
+        add_raters(files["images"], {"A": files["A"]}, tmp_path / "D", WHAT)
+    for text, message in (
+        (["A"], "expected RATER=FOLDER"),
+        ([f"A={files['A']}", f"A={files['B']}"], "names A twice"),
+        (["A=nowhere"], "nowhere does not exist"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse_raters(text)
+
+
+def test_doctor_reads_every_rater(files: dict[str, Path], tmp_path: Path) -> None:
+    target = tmp_path / "Dataset001_Raters"
+    add_raters(files["images"], raters_of(files), target, WHAT, copy_files=True)
+    (target / "labelsTr_raters" / "A" / "stray.nii.gz").touch()
+    with_other_value({"C": target / "labelsTr_raters" / "C"})
+    for rater in "AB":
+        (target / "labelsTr_raters" / rater / "b.nii.gz").unlink()
+    found = examine(target)
+    texts = " ".join(finding.text for finding in found)
+    assert "C/a.nii.gz holds the label value 2" in texts
+    assert "Case 'b' has no label map in labelsTr_raters" in texts
+    assert "stray.nii.gz belongs to no case" in texts
+    assert [finding.is_error for finding in found] == [False, True, True]

@@ -1,0 +1,43 @@
+"""Fusing the label maps of several raters."""
+
+import numpy as np
+import pytest
+
+from nnmosaic.data_conversion.label_fusion import majority, staple
+
+
+def slow_majority(votes: list[int], tie: str) -> int:
+    counts = {value: votes.count(value) for value in votes}
+    best = [value for value in sorted(counts) if counts[value] == max(counts.values())]
+    if len(best) == 1:
+        return best[0]
+    if tie == "background":
+        return 0
+    if tie == "foreground":
+        return next(value for value in best if value > 0)
+    return next(value for value in votes if value in best)
+
+
+@pytest.mark.parametrize("tie", ["background", "foreground", "first_rater"])
+@pytest.mark.parametrize("raters", [1, 2, 3, 4, 5])
+def test_majority_equals_the_slow_loop(raters: int, tie: str) -> None:
+    labels = np.random.default_rng(raters).integers(0, 4, (raters, 9, 11))
+    before = labels.copy()
+    expected = [[slow_majority(labels[:, y, x].tolist(), tie) for x in range(11)] for y in range(9)]
+    assert np.array_equal(majority(labels, 4, tie=tie), expected)
+    assert np.array_equal(labels, before)
+
+
+def test_staple_trusts_raters_who_agree() -> None:
+    truth = np.zeros((3, 20, 20), int)
+    truth[:, 5:15, 5:15] = 1
+    truth[1, 6:8, 6:8] = 2
+    careless = np.zeros_like(truth)
+    careless[:, :4, :4] = 1
+    fused = staple(np.stack([truth, truth, careless]), 3)
+    assert np.array_equal(fused, truth)
+    assert np.array_equal(staple(careless[None], 3), careless)
+
+
+def test_staple_of_empty_masks_is_empty() -> None:
+    assert not staple(np.zeros((3, 4, 5), int), 2).any()
