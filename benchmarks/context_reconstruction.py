@@ -76,16 +76,27 @@ class Setting:
     reference: str = "plain nnU-Net"
 
 
+AS_MEANT = {
+    "mask_kind": "block", "mask_ratio": "0.4", "mask_min_cells": "6", "mask_fill": "zero",
+    "mask_foreground": "false", "mask_per_sample": "true", "mask_curriculum": "false",
+    "masked_weight": "1", "masked_fraction": "1", "every_k": "1", "reconstruction": "kl",
+    "reconstruction_weight": "0.5", "reconstruction_goal": "teacher",
+    "reconstruction_region": "all", "reconstruction_ramp": "0.1", "temperature": "1",
+    "momentum": "cosine", "momentum_base": "0.996", "momentum_warmup": "0.01",
+}  # fmt: skip
+"""Every option, so that a row means the same when a default of the trainer changes."""
 AS_RELEASED = {
-    "mask_kind": "tube", "mask_per_sample": "false", "reconstruction": "mse_over_norm",
+    **AS_MEANT, "mask_kind": "tube", "mask_per_sample": "false", "reconstruction": "mse_over_norm",
     "reconstruction_ramp": "0", "momentum": "released",
 }  # fmt: skip
-MASKED_ONLY = {"reconstruction_weight": "0"}
-CHOSEN: Mapping[str, str] = {}
-"""Options of the recipe that is compared everywhere: the trainer's defaults."""
+MASKED_ONLY = {**AS_MEANT, "reconstruction_weight": "0"}
+CHOSEN: Mapping[str, str] = AS_MEANT
+"""The recipe that is compared everywhere."""
+COMPUTE_OF_CHOSEN = 7 / 3
+"""Its step in plain steps (spec 5.5)."""
 PLAIN_ROWS = {
     "plain nnU-Net": Row(PLAIN),
-    "plain, equal compute": Row(PLAIN, compute=7 / 3),
+    "plain, equal compute": Row(PLAIN, compute=COMPUTE_OF_CHOSEN),
 }
 CHOSEN_ROWS = {**PLAIN_ROWS, "context reconstruction": Row(options=CHOSEN)}
 CANDIDATES: Mapping[str, Mapping[str, str]] = {
@@ -112,15 +123,15 @@ SETTINGS = {
             **PLAIN_ROWS,
             "masked supervision only": Row(options=MASKED_ONLY),
             "teacher as released": Row(options=AS_RELEASED),
-            "teacher as meant, kl": Row(),
-            "teacher as meant, rel_mse": Row(options={"reconstruction": "rel_mse"}),
+            "teacher as meant, kl": Row(options=AS_MEANT),
+            "teacher as meant, rel_mse": Row(options={**AS_MEANT, "reconstruction": "rel_mse"}),
         },
     ),
     "search": Setting(
         "Search: hippocampus, 4 training cases, draws 0 and 1",
         HIPPOCAMPUS,
         4,
-        {name: Row(options=options) for name, options in CANDIDATES.items()},
+        {name: Row(options={**AS_MEANT, **options}) for name, options in CANDIDATES.items()},
         draws=(0, 1),
     ),
     "few2": Setting("Hippocampus, 2 training cases", HIPPOCAMPUS, 2, CHOSEN_ROWS),
@@ -132,7 +143,7 @@ SETTINGS = {
         None,
         {
             "self-disambiguation": Row(SOURCES),
-            "self-disambiguation, equal compute": Row(SOURCES, compute=7 / 3),
+            "self-disambiguation, equal compute": Row(SOURCES, compute=COMPUTE_OF_CHOSEN),
             "with context reconstruction": Row(BOTH, CHOSEN),
         },
         reference="self-disambiguation",
@@ -212,6 +223,7 @@ def one_run(work: Path, name: str, row_name: str, draw: int, seed: int) -> dict[
     predictions = train_and_predict(training, seed, output)
     return {
         "setting": name, "row": row_name, "draw": draw, "seed": seed,
+        "trainer": row.trainer, "options": dict(row.options),
         "dice_tp_fn": scores(predictions, test), **what_it_took(start),
     }  # fmt: skip
 
@@ -242,6 +254,9 @@ def setting_table(name: str, subjects: Mapping[str, str]) -> str:
     runs: dict[str, dict[tuple[int, int], dict[str, Any]]] = {}
     for path in sorted({*FOLDER.glob(f"{name}__*.json"), *FOLDER.glob(f"{holder}__*.json")}):
         run = read_json(path)
+        row_now = setting.rows.get(run["row"]) if run["setting"] == name else None
+        if row_now is not None and dict(row_now.options) != run["options"]:
+            raise RuntimeError(f"{path} was made with other options than its row has. Remove it.")
         runs.setdefault(run["row"], {})[run["draw"], run["seed"]] = run
     drawn = runs.get(setting.reference, {})
     rows = []
@@ -252,7 +267,10 @@ def setting_table(name: str, subjects: Mapping[str, str]) -> str:
             ours, reference = [runs[row][which] for which in both], [drawn[w] for w in both]
             classes = list(next(iter(ours[0]["dice_tp_fn"].values())))
             compared = comparison_row(
-                ours, ours if row == setting.reference else reference, subjects
+                ours,
+                ours if row == setting.reference else reference,
+                subjects,
+                resample_runs=True,
             )
             minutes = sum(run["seconds"] for run in ours) / len(ours) / 60
             which = ", ".join(f"{draw}/{seed}" for draw, seed in both)
@@ -282,9 +300,9 @@ def report(work: Path) -> str:
         "Made by `python -m benchmarks.context_reconstruction`. All rows of a setting share plan "
         f"(CPU plan, batch 2, AdamW), training cases and seeds; {EPOCHS * STEPS_PER_EPOCH} steps, "
         "with equal compute 7/3 of them. They predict unseen subjects without mirroring. Dice: "
-        "mean over test cases and runs; intervals: bootstrap over subjects, of the difference on "
-        "the same draws and seeds. Minutes: training and prediction on one core, beside another "
-        f"run.\n\n{text}\n\nRuns: " + " / ".join(sources) + "\n"
+        "mean over test cases and runs; intervals: bootstrap over draws and test subjects, of the "
+        "difference on the same draws and seeds. Minutes: training and prediction on one core, "
+        f"beside another run.\n\n{text}\n\nRuns: " + " / ".join(sources) + "\n"
     )
 
 

@@ -149,12 +149,18 @@ def what_it_took(start: float) -> dict[str, Any]:
 
 
 def make_missing(module: str, runs: Mapping[Path, Sequence[str]], work: Path, *, jobs: int) -> None:
-    """Make every run whose file is missing, ``python -m MODULE --one *run``, ``jobs`` at a time."""
+    """Make every run whose file is missing, ``python -m MODULE --one *run``, ``jobs`` at a time.
+
+    Raises
+    ------
+    RuntimeError
+        At the end, if a run failed.
+    """
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     own_threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
     environment = {**os.environ, **own_threads, "nnUNet_n_proc_DA": "0"}
 
-    def make(item: tuple[Path, Sequence[str]]) -> None:
+    def make(item: tuple[Path, Sequence[str]]) -> bool:
         path, run = item
         log = work / "logs" / f"{path.stem}.log"
         log.parent.mkdir(exist_ok=True)
@@ -163,9 +169,13 @@ def make_missing(module: str, runs: Mapping[Path, Sequence[str]], work: Path, *,
             code = subprocess.run(process, env=environment, stdout=output, stderr=output).returncode
         print(time.strftime("%H:%M:%S"), *run, "done" if code == 0 else f"FAILED, see {log}",
               flush=True)  # fmt: skip
+        return code == 0
 
+    missing = [(path, run) for path, run in runs.items() if not path.is_file()]
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(make, ((path, run) for path, run in runs.items() if not path.is_file())))
+        made = list(pool.map(make, missing))
+    if not all(made):
+        raise RuntimeError(f"{made.count(False)} of {len(made)} runs failed; run it again.")
 
 
 def file_name(*words: object) -> str:
@@ -189,20 +199,35 @@ def mean_dice(runs: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def difference_interval(
-    first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], subjects: Mapping[str, str]
+    first: Sequence[Mapping[str, Any]],
+    second: Sequence[Mapping[str, Any]],
+    subjects: Mapping[str, str],
+    *,
+    resample_runs: bool,
 ) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval, over subjects, of the difference in mean Dice."""
-    members: dict[str, list[float]] = {}
-    for case, dice in first.items():
-        members.setdefault(subjects.get(case, case), []).append(
-            float(np.nanmean(dice) - np.nanmean(second[case]))
-        )
-    groups = list(members.values())
+    """Return the 95 % bootstrap interval, over test subjects, of the difference in mean Dice.
+
+    Parameters
+    ----------
+    first, second : sequence of run
+        Equally many where they are resampled, in pairs, too.
+    """
+    one, other = ([mean_dice([run]) for run in runs] for runs in (first, second))
+    cases = list(one[0])
+    members: dict[str, list[int]] = {}
+    for i, case in enumerate(cases):
+        members.setdefault(subjects.get(case, case), []).append(i)
+    groups = [np.array(indices) for indices in members.values()]
+    # Rows: runs; columns: cases.
+    a, b = (
+        np.array([[np.nanmean(run[c]) for c in cases] for run in runs]) for runs in (one, other)
+    )
     rng = np.random.default_rng(0)
-    means = [
-        np.mean(np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))]))
-        for _ in range(RESAMPLES)
-    ]
+    means = []
+    for _ in range(RESAMPLES):
+        chosen = np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])
+        rows = rng.integers(len(a), size=len(a)) if resample_runs else slice(None)
+        means.append(a[rows][:, chosen].mean() - b[rows][:, chosen].mean())
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
 
@@ -211,6 +236,8 @@ def comparison_row(
     runs: Sequence[Mapping[str, Any]],
     reference: Sequence[Mapping[str, Any]],
     subjects: Mapping[str, str],
+    *,
+    resample_runs: bool = False,
 ) -> list[str]:
     """Return Dice per class, mean, range over runs, and points against the reference's runs."""
     dice, other = mean_dice(runs), mean_dice(reference)
@@ -218,7 +245,8 @@ def comparison_row(
     per_run = [float(np.mean(list(mean_dice([run]).values()))) for run in runs]
     change = ""
     if runs is not reference:
-        low, high = (100 * bound for bound in difference_interval(dice, other, subjects))
+        bounds = difference_interval(runs, reference, subjects, resample_runs=resample_runs)
+        low, high = (100 * bound for bound in bounds)
         points = 100 * (values.mean() - np.mean(list(other.values())))
         change = f"{points:+.2f} [{low:+.2f}, {high:+.2f}]"
     return [

@@ -300,7 +300,7 @@ def setting_table(name: str, seeds: Sequence[int], subjects: Mapping[str, str]) 
     rows = [
         [
             row,
-            *comparison_row(runs, finished["ours"], subjects),
+            *comparison_row(runs, _of_same_seeds(finished["ours"], runs), subjects),
             ", ".join(str(run["seed"]) for run in runs),
         ]
         for row, runs in finished.items()
@@ -308,6 +308,13 @@ def setting_table(name: str, seeds: Sequence[int], subjects: Mapping[str, str]) 
     header = ["row", *classes, "mean Dice", "seeds from - to",
               "points against ours [95 %]", "seeds"]  # fmt: skip
     return f"## {setting.title}\n\n{table(header, rows)}"
+
+
+def _of_same_seeds(
+    ours: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
+) -> Sequence[dict[str, Any]]:
+    seeds = [run["seed"] for run in runs]
+    return runs if runs is ours else [run for run in ours if run["seed"] in seeds]
 
 
 def report(seeds: Sequence[int], work: Path) -> str:

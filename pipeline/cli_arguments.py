@@ -119,7 +119,7 @@ def assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
-def seed(text: str) -> int:
+def whole_number(text: str) -> int:
     """Return a whole number from 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")

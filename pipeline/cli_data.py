@@ -12,7 +12,7 @@ from nnmosaic.pipeline.cli_arguments import (
     dataset_argument,
     dataset_id,
     positive,
-    seed,
+    whole_number,
     workspace_argument,
 )
 from nnmosaic.pipeline.exit_codes import BAD_INPUT, DONE
@@ -210,7 +210,7 @@ def add_sparsify(commands: Any) -> None:
     parser.add_argument(
         "--size", type=positive, metavar="VOXELS", help="side of --cubes, which need it"
     )
-    parser.add_argument("--seed", type=seed, metavar="N", help="of --cubes (default: 0)")
+    parser.add_argument("--seed", type=whole_number, metavar="N", help="of --cubes (default: 0)")
 
 
 def _do_sparsify(options: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from nnmosaic.pipeline.cli_arguments import (
     positive,
     positive_float,
     run_settings_arguments,
-    seed,
+    whole_number,
     workspace_argument,
 )
 from nnmosaic.pipeline.defaults import DEFAULT_PLANS, DEFAULT_TRAINER
@@ -101,19 +101,22 @@ def add_predict(commands: Any) -> None:
 
 
 def _do_predict(options: argparse.Namespace) -> int:
+    from nnmosaic.pipeline.few_shot import folds_to_predict
     from nnmosaic.pipeline.predict import predict
     from nnmosaic.pipeline.train import model_folder
 
     if not options.m and not (options.d and options.c):
         raise InputError("predict needs -d and -c, or the model folder with -m.")
-    model = options.m or model_folder(
-        open_workspace(options.workspace), options.d, options.c, options.tr, options.p
-    )
+    model, folds = options.m, options.f
+    if not model:
+        workspace = open_workspace(options.workspace)
+        model = model_folder(workspace, options.d, options.c, options.tr, options.p)
+        folds = folds or folds_to_predict(workspace, options.d, model, options.chk)
     failures = predict(
         options.i,
         options.o,
         model,
-        folds=options.f,
+        folds=folds,
         checkpoint=options.chk,
         step_size=options.step_size,
         mirroring=not options.disable_tta,
@@ -137,7 +140,9 @@ def add_context_dice(commands: Any) -> None:
     workspace_argument(parser)
     dataset_argument(parser)
     parser.add_argument("-c", required=True, metavar="CONFIGURATION")
-    parser.add_argument("-f", type=seed, default=0, metavar="FOLD", help="default: %(default)s")
+    parser.add_argument(
+        "-f", type=whole_number, default=0, metavar="FOLD", help="default: %(default)s"
+    )
     model_arguments(parser)
     parser.add_argument(
         "-chk", default="checkpoint_final.pth", metavar="FILE", help="default: %(default)s"

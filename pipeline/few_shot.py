@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from rich.table import Table
@@ -13,6 +14,8 @@ from nnmosaic.pipeline.text_table import as_text
 from nnmosaic.pipeline.train import is_finished, model_folder
 from nnmosaic.pipeline.workspace import Workspace
 from nnmosaic.planners.few_shot import add_few_shot_folds, few_shot_folds
+
+Fold = TypeVar("Fold", int | str, str)
 
 
 def few_shot(workspace: Workspace, identifier: str, *, numbers: Sequence[int], draws: int) -> str:
@@ -30,8 +33,8 @@ def few_shot(workspace: Workspace, identifier: str, *, numbers: Sequence[int], d
     for fold, what in folds.items():
         table.add_row(str(fold), str(what["cases"]), str(what["draw"]))
     return (
-        f"{as_text(table)}\nAll validate on the cases of fold 0. Train them like other folds, and "
-        "name the folds you mean to predict or find_best (-f): both take all that are trained."
+        f"{as_text(table)}\nAll validate on the cases of fold 0. Train them like other folds. "
+        "predict and find_best take them only where they are named with -f."
     )
 
 
@@ -74,6 +77,34 @@ def few_shot_report(
             f"{configuration}. Make folds with few_shot --cases, train them, and ask again."
         )
     return as_text(table)
+
+
+def without_few_shot(folds: Sequence[Fold], preprocessed: Path) -> list[Fold]:
+    """Return the folds that are not few-shot folds of a preprocessed dataset."""
+    few = few_shot_folds(preprocessed / "splits_final.json")
+    return [fold for fold in folds if str(fold) not in map(str, few)]
+
+
+def folds_to_predict(
+    workspace: Workspace, identifier: str, model: Path, checkpoint: str
+) -> list[int | str]:
+    """Return the trained folds of a model that are not few-shot folds; empty if none is trained.
+
+    Raises
+    ------
+    InputError
+        If all trained folds are few-shot folds.
+    """
+    from nnmosaic.trainers.predictor import available_folds
+
+    trained = available_folds(model, checkpoint)
+    kept = without_few_shot(trained, workspace.preprocessed / workspace.dataset(identifier))
+    if trained and not kept:
+        raise InputError(
+            f"{model} has few-shot folds only: {', '.join(map(str, trained))}. Name those that are "
+            "to predict with -f."
+        )
+    return kept
 
 
 def _mean_dice(fold_folder: Path) -> float:

@@ -20,6 +20,7 @@ from nnmosaic.data_conversion.atomic_write import read_json, write_json
 from nnmosaic.data_conversion.dataset_json import DatasetJson, read_dataset_json
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.pipeline.ensemble import average_cases, cases_with_probabilities
+from nnmosaic.pipeline.few_shot import without_few_shot
 from nnmosaic.pipeline.text_table import as_text
 from nnmosaic.pipeline.train import is_finished, model_folder
 from nnmosaic.pipeline.workspace import Workspace
@@ -110,7 +111,7 @@ def find_best(
             f"{workspace.results / dataset_name} has no finished fold of {', '.join(trainers)} "
             f"with {', '.join(configurations)}. Train one, or name others with -tr, -c and -p."
         )
-    common = _common_folds(models, folds)
+    common = _common_folds(models, folds, workspace.preprocessed / dataset_name)
     references = workspace.preprocessed / dataset_name / "gt_segmentations"
     candidates = []
     for model in models:
@@ -200,7 +201,9 @@ def _model(
     return Model(trainer, plans_name, configuration, folder, folds) if folds else None
 
 
-def _common_folds(models: Sequence[Model], wanted: Sequence[int | str] | None) -> list[str]:
+def _common_folds(
+    models: Sequence[Model], wanted: Sequence[int | str] | None, preprocessed: Path
+) -> list[str]:
     for model in models:
         missing = sorted({str(fold) for fold in wanted or ()} - set(model.folds))
         if missing:
@@ -209,7 +212,10 @@ def _common_folds(models: Sequence[Model], wanted: Sequence[int | str] | None) -
                 "compare the folds that all models have."
             )
     common = set.intersection(*(set(model.folds) for model in models))
-    folds = sorted(common & {str(fold) for fold in wanted} if wanted else common)
+    if wanted:
+        folds = sorted(common & {str(fold) for fold in wanted})
+    else:
+        folds = without_few_shot(sorted(common), preprocessed)
     if not folds:
         listed = "; ".join(f"{model.folder.name}: {', '.join(model.folds)}" for model in models)
         raise InputError(f"No fold is finished for every model ({listed}). Train the missing ones.")

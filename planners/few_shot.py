@@ -9,6 +9,7 @@ import numpy as np
 from nnmosaic.data_conversion.atomic_write import read_json, write_json
 from nnmosaic.data_conversion.dataset_json import DatasetJson
 from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.planners import NUM_FOLDS
 from nnmosaic.planners.splits import SEED
 
 KEY = "few_shot"
@@ -52,11 +53,16 @@ def add_few_shot_folds(
     Raises
     ------
     InputError
-        If there is no such file, or fold 0 has too few training cases.
+        If there is no such file, it lacks folds, or fold 0 has too few training cases.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist. Run plan_and_preprocess first.")
     splits: list[dict[str, Any]] = read_json(path)
+    if len(splits) < NUM_FOLDS:
+        raise InputError(
+            f"{path} has {len(splits)} folds. Few-shot folds come after {NUM_FOLDS} others, which "
+            "run and find_best take for the cross-validation. Add the missing ones."
+        )
     pool = splits[0]["train"]
     if max(numbers) > len(pool):
         raise InputError(

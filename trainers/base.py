@@ -244,8 +244,6 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         self.after_step()
         self.iteration += 1
         values = {name: term.cpu().numpy() for name, term in terms.items()}
-        if len(values) == 1:
-            values.clear()
         return {"loss": sum_of(terms).cpu().numpy(), **values}
 
     def _first_pass(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -306,12 +304,12 @@ class nnUNetTrainerMosaic(nnUNetTrainer):
         """Restore what `method_state` returned."""
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
-        """Log the auxiliary terms beside nnU-Net's loss."""
-        super().on_train_epoch_end(train_outputs)
-        for name in train_outputs[0]:
-            if name != "loss":
-                value = np.mean([output[name] for output in train_outputs])
-                self.print_to_log_file(f"{name} {np.round(value, decimals=4)}")
+        """Log each term, mean over the steps that had it, beside nnU-Net's loss."""
+        super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
+        names = dict.fromkeys(name for output in train_outputs for name in output)
+        for name in list(names)[1:] if len(names) > 2 else ():  # of the loss there is a line
+            value = np.mean([output[name] for output in train_outputs if name in output])
+            self.print_to_log_file(f"{name} {np.round(value, decimals=4)}")
 
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
         """Count an epoch that saw no labelled and no predicted voxel as Dice 0.

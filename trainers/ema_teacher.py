@@ -124,6 +124,9 @@ class TeacherTrainer(nnUNetTrainerMosaic):
             return
         folder = Path(self.output_folder)
         checkpoint = read_checkpoint(folder / "checkpoint_final.pth")
-        checkpoint["network_weights"] = checkpoint[EXTRA]["teacher"]
+        checkpoint["network_weights"] = checkpoint[EXTRA].pop("teacher")
+        checkpoint["optimizer_state"] = checkpoint["grad_scaler_state"] = (
+            None  # for prediction only
+        )
         with replacing(folder / EXPORTED) as temporary:
             torch.save(checkpoint, temporary)

@@ -4,7 +4,8 @@ A class lists the names in ``OPTIONS``, the annotations give types and choices, 
 combines two methods has the options of both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from math import inf
 from typing import Any, Literal, NewType, get_args, get_origin, get_type_hints
 
 from nnmosaic.data_conversion.errors import InputError
@@ -12,12 +13,21 @@ from nnmosaic.data_conversion.errors import InputError
 SWITCH = {"true": True, "false": False}
 Fraction = NewType("Fraction", float)
 """An option from 0 to 1."""
+Positive = NewType("Positive", float)
+"""An option above 0, finite."""
 Count = NewType("Count", int)
 """An option that is a whole number from 1."""
 
 
+LIMITS: Mapping[Any, Callable[[float], bool]] = {
+    float: lambda value: value >= 0,
+    Fraction: lambda value: 0 <= value <= 1,
+    Positive: lambda value: 0 < value < inf,
+}
+
+
 def option_types(trainer: type) -> dict[str, Any]:
-    """Return the options' types: `bool`, `float`, `Fraction`, `Count` or ``Literal`` of words."""
+    """Return the options' types: `bool`, a number type or ``Literal`` of words."""
     names = [name for cls in trainer.__mro__ for name in vars(cls).get("OPTIONS", ())]
     hints = get_type_hints(trainer) if names else {}
     return {name: hints[name] for name in dict.fromkeys(names)}
@@ -51,12 +61,12 @@ def _parse(name: str, text: str, kind: Any) -> Any:
         return text
     if kind is bool and text in SWITCH:
         return SWITCH[text]
-    if kind in (float, Fraction):
+    if kind in LIMITS:
         try:
             value = float(text)
         except ValueError:
             value = -1.0
-        if value >= 0 and (kind is float or value <= 1):
+        if LIMITS[kind](value):
             return value
     if kind is Count and text.isdecimal() and int(text) > 0:
         return int(text)
@@ -70,4 +80,6 @@ def _values(kind: Any) -> str:
         return "a number from 0 to 1"
     if kind is Count:
         return "a whole number from 1"
+    if kind is Positive:
+        return "a number above 0"
     return "true|false" if kind is bool else "a number of at least 0"

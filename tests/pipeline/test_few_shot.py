@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from nnmosaic.pipeline.cli import main
+from nnmosaic.pipeline.few_shot import without_few_shot
 
 MODEL = "nnUNetTrainerMosaic__nnUNetPlans__3d_fullres"
 DATASET = "Dataset004_Balls"
@@ -23,6 +24,27 @@ def test_folds_are_trained_like_others(prepared: Path, capsys: pytest.CaptureFix
     model = prepared / "nnUNet_results" / DATASET / MODEL
     log = next((model / "fold_5").glob("training_log_*.txt")).read_text()
     assert "1 training and 1 validation cases" in log
+
+    images = prepared / "nnUNet_raw" / DATASET / "imagesTr"
+    predict = [
+        "predict",
+        "-i",
+        str(images),
+        "-d",
+        "4",
+        "-c",
+        "3d_fullres",
+        "-o",
+        str(prepared / "o"),
+    ]
+    assert main([*predict, "-tr", "nnUNetTrainerMosaic"]) == 2
+    assert "has few-shot folds only: 5. Name those" in capsys.readouterr().err
+    best = ["find_best", "-d", "4", "-c", "3d_fullres", "-tr", "nnUNetTrainerMosaic"]
+    assert main(best) == 2
+    assert "No fold is finished for every model" in capsys.readouterr().err
+    assert main([*best, "-f", "5"]) == 0
+    for few, kept in (([5, 0, 7], [0]), (["all"], ["all"]), (["5", "1"], ["1"])):
+        assert without_few_shot(few, prepared / "nnUNet_preprocessed" / DATASET) == kept
 
 
 def test_the_report_is_the_mean_over_draws(

@@ -11,7 +11,7 @@ import SimpleITK
 
 from nnmosaic.pipeline.cli import main
 
-TRAINER = "nnUNetTrainerSelfDisambiguation"
+TRAINER = "nnUNetTrainerSelfDisambiguationContext"
 MODEL = f"nnUNet_results/Dataset007_Merged/{TRAINER}__nnUNetPlans__3d_fullres"
 
 # Where torchvision is a CUDA build beside a CPU torch, it misses two operators (see the README).
@@ -45,6 +45,7 @@ def test_stock_commands_train_and_predict_what_ours_do(
     plans_file = prepared / "nnUNet_preprocessed" / "Dataset007_Merged" / "nnUNetPlans.json"
     plans = json.loads(plans_file.read_text())
     short = {"epochs": 1, "iterations_per_epoch": 30, "val_iterations_per_epoch": 1}
+    short["options"] = {"momentum": "released"}  # so that the teacher has learnt as much
     plans["nnmosaic"]["run_settings"].update(short)
     plans_file.write_text(json.dumps(plans))
     train = ("nnunetv2.run.run_training", "run_training_entry")
@@ -55,6 +56,7 @@ def test_stock_commands_train_and_predict_what_ours_do(
     images = prepared / "nnUNet_raw" / "Dataset007_Merged" / "imagesTr"
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     model = ("-d", "7", "-c", "3d_fullres", "-tr", TRAINER, "-f", "0")
+    model = (*model, "-chk", "checkpoint_teacher_final.pth")
     predict = ("nnunetv2.inference.predict_from_raw_data", "predict_entry_point")
     workers = ("-device", "cpu", "-npp", "1", "-nps", "1")
     prediction = stock(*predict, "-i", str(images), "-o", str(theirs), *model, *workers)

@@ -29,7 +29,10 @@ def dataset() -> DatasetJson:
 @pytest.fixture
 def splits(tmp_path: Path) -> Path:
     path = tmp_path / "splits_final.json"
-    folds = [{"train": CASES[2:], "val": CASES[:2]}, {"train": CASES[:10], "val": CASES[10:]}]
+    folds = [
+        {"train": [c for c in CASES if c not in val], "val": val}
+        for val in (CASES[2 * i : 2 * i + 2] for i in range(5))
+    ]
     path.write_text(json.dumps(folds))
     return path
 
@@ -38,7 +41,7 @@ def test_sets_are_nested_and_draws_differ(splits: Path, dataset: DatasetJson) ->
     before = json.loads(splits.read_text())
     folds = add_few_shot_folds(splits, dataset, numbers=[4, 1, 2], draws=3)
     after = json.loads(splits.read_text())
-    assert after[:2] == before
+    assert after[:5] == before
     assert folds == few_shot_folds(splits)
     assert [(f["cases"], f["draw"]) for f in folds.values()] == [
         (n, d) for d in range(3) for n in (1, 2, 4)
@@ -59,7 +62,7 @@ def test_asking_again_adds_only_what_is_new(splits: Path, dataset: DatasetJson) 
     more = add_few_shot_folds(splits, dataset, numbers=[2, 4], draws=2)
     assert {fold: more[fold] for fold in first} == first
     assert len(more) == 5
-    assert set(before[3]["train"]) <= set(json.loads(splits.read_text())[4]["train"])
+    assert set(before[6]["train"]) <= set(json.loads(splits.read_text())[7]["train"])
 
 
 def test_every_subject_gives_a_case_before_one_gives_two(dataset: DatasetJson) -> None:
@@ -74,5 +77,8 @@ def test_too_many_cases_are_refused(splits: Path, dataset: DatasetJson) -> None:
     with pytest.raises(InputError, match="trains on 10 cases; 11 cannot be drawn"):
         add_few_shot_folds(splits, dataset, numbers=[1, 11], draws=1)
     assert splits.read_text() == before
+    splits.write_text(json.dumps(json.loads(before)[:3]))
+    with pytest.raises(InputError, match="has 3 folds"):
+        add_few_shot_folds(splits, dataset, numbers=[1], draws=1)
     with pytest.raises(InputError, match="Run plan_and_preprocess first"):
         add_few_shot_folds(splits.with_name("other.json"), dataset, numbers=[1], draws=1)

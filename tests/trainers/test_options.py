@@ -7,7 +7,14 @@ import pytest
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.trainers import TRAINERS
 from nnmosaic.trainers.lookup import trainer_class
-from nnmosaic.trainers.options import Fraction, option_types, options_of, parse_options
+from nnmosaic.trainers.options import (
+    Count,
+    Fraction,
+    Positive,
+    option_types,
+    options_of,
+    parse_options,
+)
 
 
 class First:
@@ -18,8 +25,10 @@ class First:
 
 
 class Second:
-    OPTIONS: ClassVar[tuple[str, ...]] = ("teacher", "decay")
+    OPTIONS: ClassVar[tuple[str, ...]] = ("teacher", "decay", "every", "heat")
     teacher: bool = False
+    every: Count = Count(1)
+    heat: Positive = Positive(1.0)
     decay: Fraction = Fraction(0.5)
 
 
@@ -28,8 +37,8 @@ class Both(First, Second):
 
 
 def test_values_have_the_type_of_the_option() -> None:
-    given = {"form": "b", "weight": "0.5", "teacher": "true"}
-    assert parse_options(Both, given) == {"form": "b", "weight": 0.5, "teacher": True}
+    given = {"form": "b", "weight": "0.5", "teacher": "true", "every": "3"}
+    assert parse_options(Both, given) == {"form": "b", "weight": 0.5, "teacher": True, "every": 3}
     assert parse_options(First, {"weight": "inf"}) == {"weight": float("inf")}
 
 
@@ -41,6 +50,10 @@ def test_values_have_the_type_of_the_option() -> None:
         ({"weight": "-1"}, "--set weight=-1: expected a number of at least 0"),
         ({"weight": "much"}, "--set weight=much: expected a number"),
         ({"decay": "99"}, "--set decay=99: expected a number from 0 to 1"),
+        ({"every": "0"}, "--set every=0: expected a whole number from 1"),
+        ({"every": "1.5"}, "--set every=1.5: expected a whole number from 1"),
+        ({"heat": "0"}, "--set heat=0: expected a number above 0"),
+        ({"heat": "inf"}, "--set heat=inf: expected a number above 0"),
         ({"teacher": "yes"}, r"--set teacher=yes: expected true\|false"),
     ],
 )

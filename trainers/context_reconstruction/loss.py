@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nnmosaic.trainers.averaging import average
+
 ReconstructionForm: TypeAlias = Literal["kl", "mse_prob", "rel_mse", "mse_over_norm"]
 
 
@@ -36,7 +38,7 @@ def reconstruction_loss(
     where : Tensor, optional, bool, shape (B, 1, *spatial)
         Voxels that count; by default all.
     ddp : bool
-        Whether the teacher's size is that over all processes.
+        Take the teacher's size, and count voxels, over all processes; see `average`.
     """
     student, teacher = student.float(), teacher.detach().float()
     scale = torch.ones((), device=student.device)
@@ -47,7 +49,7 @@ def reconstruction_loss(
         scale = _teacher_size(teacher, form, ddp=ddp)
     if where is None:
         return differences.mean() / scale
-    return (differences * where).sum() / where.sum().clamp(min=1) / scale
+    return average((differences * where).sum(), where.sum(), ddp=ddp) / scale
 
 
 def _of_probabilities(

@@ -3,7 +3,7 @@
 A cell is a block of voxels; masks are drawn on the grid of cells and applied to voxels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import floor, prod
 from typing import Literal, TypeAlias
 
@@ -54,6 +54,26 @@ def generator_of(*counter: int, device: torch.device | str = "cpu") -> torch.Gen
     return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
 
 
+def check_ratio(grid: Sequence[int], ratio: float, kind: MaskKind) -> None:
+    """Raise `ValueError` unless every mask of this kind hides some cells and leaves some."""
+    axes: tuple[int | None, ...] = (None,)
+    if len(grid) == 3 and kind != "block":
+        axes = (0,) if kind == "tube" else (0, 1, 2)
+    for tube_axis in axes:
+        _number_of_cells(tuple(n for axis, n in enumerate(grid) if axis != tube_axis), ratio)
+
+
+def _number_of_cells(shape: tuple[int, ...], ratio: float) -> int:
+    cells = prod(shape)
+    number = floor(ratio * cells)
+    if not 0 < number < cells:
+        raise ValueError(
+            f"A ratio of {ratio:g} hides {number} of {cells} cells. Some must be hidden and some "
+            f"left: choose at least {1 / cells:.3g}, and less than 1."
+        )
+    return number
+
+
 def draw_mask(
     grid: Sequence[int],
     samples: int,
@@ -102,13 +122,7 @@ def draw_mask(
 def _draw_cells(
     shape: tuple[int, ...], ratio: float, generator: torch.Generator, foreground: Tensor | None
 ) -> Tensor:
-    cells = prod(shape)
-    number = floor(ratio * cells)
-    if not 0 < number < cells:
-        raise ValueError(
-            f"A ratio of {ratio} hides {number} of {cells} cells. Some must be hidden and some "
-            f"left: choose at least {1 / cells:.3g}, and less than 1."
-        )
+    cells, number = prod(shape), _number_of_cells(shape, ratio)
     # The largest of log(weight) + Gumbel noise are a weighted draw without replacement.
     noise = torch.rand(cells, generator=generator, dtype=torch.float64)
     keys = -torch.log(-torch.log(noise))
@@ -145,7 +159,12 @@ def foreground_of_cells(
 
 
 def filler(
-    data: Tensor, fill: Fill, *, generator: torch.Generator, others: Tensor, label_channels: int = 0
+    data: Tensor,
+    fill: Fill,
+    *,
+    generator: Callable[[], torch.Generator],
+    others: Tensor,
+    label_channels: int = 0,
 ) -> Tensor:
     """Return what stands at hidden voxels, shape of ``data`` (B, channels, *spatial).
 
@@ -153,13 +172,17 @@ def filler(
     ----------
     fill : {"zero", "noise", "foreign"}
         0 (the mean intensity after nnU-Net's normalisation), normal noise, or ``others``.
+    generator : callable
+        Returns the generator of the noise, on the device of ``data``.
     others : Tensor
-        Images of other samples, shape of ``data``.
+        Images of other samples, shape of ``data``. Labels are not mixed: what is shown there is to
+        be told from what belongs there.
     label_channels : int
         This many last channels are labels of a previous stage, which are hidden as background.
     """
     if fill == "noise":
-        filled = torch.randn(data.shape, generator=generator, device=data.device, dtype=data.dtype)
+        options = {"device": data.device, "dtype": data.dtype}
+        filled = torch.randn(data.shape, generator=generator(), **options)
     else:
         filled = others.clone() if fill == "foreign" else torch.zeros_like(data)
     if label_channels:

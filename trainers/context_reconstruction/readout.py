@@ -39,7 +39,8 @@ def readout(
     data : ndarray, shape (channels, *spatial)
         Preprocessed image.
     labels : ndarray, shape (*spatial)
-        Label map with a foreground voxel at least; below 0: outside of the image.
+        Label map with a foreground voxel at least; below 0: outside of the image; from ``classes``:
+        ignored.
     block : sequence of int
         Voxels of a cell.
 
@@ -49,7 +50,7 @@ def readout(
         True positives, false positives and false negatives of "hidden R" and "hidden R, in view"
         for each ratio R, of "border" and of "border, in view".
     """
-    centre = np.round(np.argwhere(labels > 0).mean(0)).astype(int)
+    centre = np.round(np.argwhere((labels > 0) & (labels < classes)).mean(0)).astype(int)
 
     def patch(at: np.ndarray) -> tuple[Tensor, Tensor]:
         box = [[int(c - n // 2), int(c - n // 2 + n)] for c, n in zip(at, patch_size, strict=True)]

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from nnmosaic.data_conversion.errors import InputError
-from nnmosaic.trainers.base import Pass
+from nnmosaic.trainers.base import Pass, sum_of
 from nnmosaic.trainers.context_reconstruction.loss import ReconstructionForm, reconstruction_loss
 from nnmosaic.trainers.context_reconstruction.masking import (
     Fill,
     MaskKind,
     block_size,
+    check_ratio,
     draw_mask,
     filler,
     foreground_of_cells,
@@ -23,7 +24,7 @@ from nnmosaic.trainers.context_reconstruction.masking import (
 )
 from nnmosaic.trainers.context_reconstruction.schedule import cosine_momentum, warmup_momentum
 from nnmosaic.trainers.ema_teacher import TeacherTrainer, forgetting_momentum, plain_network
-from nnmosaic.trainers.options import Count, Fraction
+from nnmosaic.trainers.options import Count, Fraction, Positive
 
 
 class nnUNetTrainerContextReconstruction(TeacherTrainer):
@@ -72,7 +73,7 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
     """Voxels at which the goal counts."""
     reconstruction_ramp: Fraction = Fraction(0.1)
     """Fraction of the training over which the teacher's weight rises from 0."""
-    temperature: float = 1.0
+    temperature: Positive = Positive(1.0)
     momentum: Literal["cosine", "mean_teacher", "released"] = "cosine"
     """Of the teacher: from 0 to base, then to 1 (1.5); up to base; or the released code's."""
     momentum_base: Fraction = Fraction(0.996)
@@ -89,10 +90,12 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
                         f"--set {name}={value} needs a batch of at least 2 samples on every GPU. "
                         "Leave it out."
                     )
+            grid = self._grid
             try:
-                self._draw(1, generator_of(0), None)
+                for ratio in (self.mask_ratio, self._ratio_at(0)):
+                    check_ratio(grid, ratio, self.mask_kind)
             except ValueError as error:
-                raise InputError(f"--set mask_ratio={self.mask_ratio}: {error}") from None
+                raise InputError(f"--set mask_ratio={self.mask_ratio:g}: {error}") from None
 
     # ---------------------------------------------------------------- the masked pass
 
@@ -103,6 +106,10 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
     @property
     def _complementary(self) -> bool:
         return self.reconstruction_goal == "complement" and self.reconstruction_weight > 0
+
+    @property
+    def _has_teacher_term(self) -> bool:
+        return self.reconstruction_goal == "teacher" and self.reconstruction_weight > 0
 
     @cached_property
     def _block(self) -> tuple[int, ...]:
@@ -134,22 +141,26 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
         filled = filler(
             batch["data"],
             self.mask_fill,
-            generator=generator_of(*counter, 2, device=self.device),
+            generator=lambda: generator_of(*counter, 2, device=self.device),
             others=batch["others"],
             label_channels=len(self.label_manager.foreground_labels) if self.is_cascaded else 0,
         )
+        # Before the masked pass, whose activations would stay in memory meanwhile.
+        goal = None
+        if self.teacher is not None and self._has_teacher_term:
+            goal = self.teacher(batch["data"])
         with _frozen_running_statistics(self.network):
             logits = self.network(torch.where(hidden, filled, batch["data"]))
         terms = {}
         if self.masked_weight > 0:
             loss = self.segmentation_loss(logits, target, batch)
             terms["masked"] = self.masked_weight * loss
+        elif self.is_ddp and isinstance(logits, list | tuple):
+            # DDP waits for a gradient of every parameter, those of the lower resolutions, too.
+            terms["masked"] = 0 * sum_of({str(i): level.mean() for i, level in enumerate(logits)})
         full = logits[0] if isinstance(logits, list | tuple) else logits
-        goal = None
         if self._complementary:
             goal = full.detach().roll(len(full) // 2, 0)
-        elif self.reconstruction_weight > 0 and self.teacher is not None:
-            goal = self.teacher(batch["data"])
         if goal is not None:
             value = reconstruction_loss(
                 full,
@@ -169,13 +180,15 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
         """Return the samples that are masked, each beside the next one of the batch in "others"."""
         data = batch["data"]
         samples = len(data)
-        batch = {**batch, "others": data.roll(-1, 0)}
+        batch = {**batch, "others": data.roll(-1, 0) if self.mask_fill == "foreign" else data}
         number = max(1, round(self.masked_fraction * samples))
-        if number == samples and not self._complementary:
+        if self._complementary:
+            number = max(1, number // 2)
+        if number == samples:
             return batch
         chosen = torch.randperm(samples, generator=generator)[:number].sort().values
         if self._complementary:
-            chosen = chosen[: max(1, number // 2)].repeat(2)
+            chosen = chosen.repeat(2)
         index = chosen.to(data.device)
         target = batch["target"]
         return {
@@ -191,21 +204,19 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
         samples = len(target) if self.mask_per_sample else 1
         foreground = None
         if self.mask_foreground:
-            foreground = foreground_of_cells(
-                target, self._block, ignore_label=self.label_manager.ignore_label
-            )
+            labels = self.label_manager
+            if labels.has_regions and labels.has_ignore_label:
+                target = target[:, :-1]  # the last channel says where voxels are ignored
+            foreground = foreground_of_cells(target, self._block, ignore_label=labels.ignore_label)
         cells = self._draw(samples, generator, foreground)
         hidden = to_voxels(cells.to(self.device, non_blocking=True), self._block)
         return hidden.repeat(len(target) // samples, *[1] * (hidden.dim() - 1))
 
     def _draw(self, samples: int, generator: torch.Generator, foreground: Tensor | None) -> Tensor:
-        ratio = self.mask_ratio
-        if self.mask_curriculum:
-            ratio = Fraction(ratio * (1 + 2 * self.progress()) / 3)
         return draw_mask(
             self._grid,
             samples,
-            ratio=ratio,
+            ratio=self._ratio_at(self.progress()),
             kind=self.mask_kind,
             generator=generator,
             foreground=foreground,
@@ -213,13 +224,16 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
 
     # ---------------------------------------------------------------- schedules
 
+    def _ratio_at(self, progress: float) -> float:
+        return self.mask_ratio * ((1 + 2 * progress) / 3 if self.mask_curriculum else 1)
+
     def _reconstruction_ramp(self) -> float:
         ramp = self.reconstruction_ramp
         return min(1.0, self.progress() / ramp) if ramp else 1.0
 
     def teacher_momentum(self) -> float | None:
         """Return the momentum of the schedule that was chosen."""
-        if self.reconstruction_weight == 0 or self._complementary:
+        if not self._has_teacher_term:
             return super().teacher_momentum()
         if self.momentum == "mean_teacher":
             return forgetting_momentum(self.iteration, self.momentum_base)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nnmosaic.trainers.self_disambiguation.loss import average
+from nnmosaic.trainers.averaging import average
 
 
 def ambiguous_groups(
@@ -62,7 +62,7 @@ def conditional_entropy(
     target, representatives, ignore_label
         As in `ambiguous_groups`.
     ddp : bool
-        See `nnmosaic.trainers.self_disambiguation.loss.average`.
+        See `average`.
 
     Returns
     -------

@@ -11,6 +11,8 @@ from nnunetv2.utilities.ddp_allgather import AllGatherGrad
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnmosaic.trainers.averaging import average
+
 SMOOTH = 1e-5
 """Of nnU-Net's Dice loss."""
 NO_LABEL = -100
@@ -111,19 +113,6 @@ def grouped_cross_entropy(
     if ignore_label is None:
         return total / labels.numel()
     return average(total, (labels != ignore_label).sum(), ddp=ddp)
-
-
-def average(total: Tensor, count: Tensor, *, ddp: bool) -> Tensor:
-    """Return ``total / count``; 0, connected to the graph, where nothing was counted.
-
-    With ``ddp`` the count is the mean over processes, so that the gradients, which DDP averages,
-    are those of one process with the whole batch.
-    """
-    if ddp:
-        count = count.clone().float()
-        torch.distributed.all_reduce(count)
-        return total / (count.clamp_min(1) / torch.distributed.get_world_size())
-    return total / count.clamp_min(1)
 
 
 def grouped_dice(

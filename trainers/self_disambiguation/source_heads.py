@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnmosaic.trainers.averaging import average
 from nnmosaic.trainers.self_disambiguation.ambiguity import ambiguous_groups, class_channels
-from nnmosaic.trainers.self_disambiguation.loss import NO_LABEL, average
+from nnmosaic.trainers.self_disambiguation.loss import NO_LABEL
 
 
 class SourceHeads(nn.Module):
@@ -129,7 +130,7 @@ def consistency_loss(
     others : sequence of int or None
         For each sample, a source that is not its own, whose head is asked.
     ddp : bool
-        See `nnmosaic.trainers.self_disambiguation.loss.average`.
+        See `average`.
 
     Returns
     -------

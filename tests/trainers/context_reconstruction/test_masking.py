@@ -8,6 +8,7 @@ import torch
 
 from nnmosaic.trainers.context_reconstruction.masking import (
     block_size,
+    check_ratio,
     draw_mask,
     filler,
     foreground_of_cells,
@@ -153,12 +154,32 @@ def test_foreground_of_cells_counts_labels_but_not_ignored_voxels() -> None:
     assert share.tolist() == [[[1.0, 0.0], [0.0, 0.25]]]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("grid", [(1, 8, 8), (3, 4, 5), (2, 9, 2)])
+@pytest.mark.parametrize("ratio", [0.05, 0.07, 0.2, 0.5, 0.97])
+def test_a_checked_ratio_never_fails_later(grid: tuple[int, ...], kind: str, ratio: float) -> None:
+    def fails() -> bool:
+        for seed in range(30):
+            try:
+                draw_mask(grid, 1, ratio=ratio, kind=kind, generator=generator_of(seed))
+            except ValueError:
+                return True
+        return False
+
+    try:
+        check_ratio(grid, ratio, kind)
+    except ValueError:
+        assert fails()
+    else:
+        assert not fails()
+
+
 @pytest.mark.parametrize("fill", ["zero", "noise", "foreign"])
 def test_fillers(fill: str) -> None:
     data = torch.rand(2, 3, 8, 8) + 1
     others = data.flip(0)
     kept = others.clone()
-    filled = filler(data, fill, generator=generator_of(8), others=others, label_channels=1)
+    filled = filler(data, fill, generator=lambda: generator_of(8), others=others, label_channels=1)
     assert filled.shape == data.shape
     assert (filled[:, -1] == 0).all()
     assert torch.equal(others, kept)

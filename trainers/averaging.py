@@ -1,0 +1,17 @@
+"""Means whose gradients are the same in one process and in several."""
+
+import torch
+from torch import Tensor
+
+
+def average(total: Tensor, count: Tensor, *, ddp: bool) -> Tensor:
+    """Return ``total / count``; 0, connected to the graph, where nothing was counted.
+
+    With ``ddp`` the count is the mean over processes, so that the gradients, which DDP averages,
+    are those of one process with the whole batch.
+    """
+    if ddp:
+        count = count.clone().float()
+        torch.distributed.all_reduce(count)
+        return total / (count.clamp_min(1) / torch.distributed.get_world_size())
+    return total / count.clamp_min(1)
