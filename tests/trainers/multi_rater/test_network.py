@@ -1,0 +1,184 @@
+"""The network with a latent opinion (spec 7.8, invariants 1, 2, 9 and 10)."""
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from torch import Tensor, nn
+
+from nnmosaic.trainers.multi_rater.loss import posterior_input
+from nnmosaic.trainers.multi_rater.network import Combiner, Diversified, MultiRaterNet, attend
+
+CLASSES, RATERS, LATENT = 3, 4, 6
+SIZES = {2: (16, 24), 3: (8, 16, 16)}
+
+
+def unet(cls: type, dimensions: int) -> nn.Module:
+    conv, norm = {
+        2: (nn.Conv2d, nn.InstanceNorm2d),
+        3: (nn.Conv3d, nn.InstanceNorm3d),
+    }[dimensions]
+    first = (1,) * dimensions
+    flat = (1, *(2,) * (dimensions - 1)) if dimensions == 3 else (2, 2)
+    blocks = "n_blocks_per_stage" if cls is ResidualEncoderUNet else "n_conv_per_stage"
+    return cls(
+        2, 3, (4, 8, 8), conv, 3, [first, flat, (2,) * dimensions], num_classes=CLASSES,
+        n_conv_per_stage_decoder=1, deep_supervision=True, norm_op=norm,
+        norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU, **{blocks: 1},
+    )  # fmt: skip
+
+
+@pytest.fixture(params=[(PlainConvUNet, 2), (PlainConvUNet, 3), (ResidualEncoderUNet, 3)])
+def base(request: pytest.FixtureRequest) -> tuple[nn.Module, int]:
+    torch.manual_seed(0)
+    cls, dimensions = request.param
+    return unet(cls, dimensions), dimensions
+
+
+@pytest.fixture
+def network(base: tuple[nn.Module, int]) -> MultiRaterNet:
+    return MultiRaterNet(base[0], channels=2, classes=CLASSES, raters=RATERS, latent=LATENT).eval()
+
+
+@pytest.fixture
+def image(base: tuple[nn.Module, int]) -> Tensor:
+    return torch.randn(2, 2, *SIZES[base[1]])
+
+
+def test_it_answers_as_nnunets_networks_do(network: MultiRaterNet, image: Tensor) -> None:
+    for mode in (network.train(), network.eval()):
+        levels = mode(image)
+        assert [level.shape[:2] for level in levels] == [(2, CLASSES)] * 2
+        assert levels[0].shape[2:] == image.shape[2:]
+    network.decoder.deep_supervision = False
+    with torch.no_grad():
+        assert torch.equal(network(image), levels[0])
+
+
+def test_weights_of_nnunet_transfer(base: tuple[nn.Module, int], network: MultiRaterNet) -> None:
+    stock = unet(type(base[0]), base[1]).state_dict()
+    own = network.state_dict()
+    # As nnU-Net's -pretrained_weights: all keys but those of seg_layers must be there.
+    shared = {key for key in stock if ".seg_layers." not in key}
+    assert shared <= set(own)
+    assert all(own[key].shape == stock[key].shape for key in shared)
+
+
+def test_the_features_are_those_of_the_stock_decoder(
+    base: tuple[nn.Module, int], network: MultiRaterNet, image: Tensor
+) -> None:
+    seen: list[Tensor] = []
+    for layer in network.decoder.seg_layers:
+        layer.forward = lambda x: seen.append(x) or x  # type: ignore[func-returns-value]
+    with torch.no_grad():
+        network.decoder(network.encoder(image))
+        features = network.features(image)
+    for one, other in zip(features, seen[::-1], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_one_code_one_answer(network: MultiRaterNet, image: Tensor) -> None:
+    code, other = torch.randn(2, LATENT)
+    with torch.no_grad():
+        network.set_latent(code)
+        first, again = network(image)[0], network(image)[0]
+        network.set_latent(other)
+        different = network(image)[0]
+        network.set_latent(None)
+        assert torch.equal(network(image)[0], network.logits(
+            network.features(image), network.prior(image).mean
+        )[0])  # fmt: skip
+    assert torch.equal(first, again)
+    assert (first - different).abs().max() > 1e-3
+    for layer in network.decoder.seg_layers:
+        nn.init.zeros_(layer.of_code.weight)
+    with torch.no_grad():
+        network.set_latent(code)
+        deaf = network(image)[0]
+        network.set_latent(other)
+        assert torch.equal(deaf, network(image)[0])
+
+
+@pytest.mark.parametrize("conv_op", [nn.Conv2d, nn.Conv3d])
+def test_the_split_layer_is_the_concatenation(conv_op: type[nn.Module]) -> None:
+    size = SIZES[2 if conv_op is nn.Conv2d else 3]
+    combiner = Combiner(conv_op, 5, LATENT, CLASSES)
+    features, codes = torch.randn(2, 5, *size), torch.randn(3, 2, LATENT)
+    tiled = codes.view(*codes.shape, *[1] * len(size)).expand(*codes.shape, *size)
+    joined = conv_op(5 + LATENT, 16, 1)
+    ones = [1] * len(size)
+    with torch.no_grad():
+        weight = torch.cat(
+            [combiner.of_features.weight, combiner.of_code.weight.view(16, LATENT, *ones)], 1
+        )
+        joined.weight.copy_(weight)
+        joined.bias.copy_(combiner.of_features.bias)
+        expected = torch.stack(
+            [combiner.rest(joined(torch.cat([features, one], 1))) for one in tiled]
+        )
+        torch.testing.assert_close(combiner(features, codes), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(combiner(features, codes[1]), expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_first_stage(network: MultiRaterNet, image: Tensor) -> None:
+    labels = torch.randint(0, CLASSES, (2, RATERS, *image.shape[2:]))
+    available = torch.tensor([[True, True, False, True], [True, False, False, False]])
+    seen = posterior_input(image, labels, available, CLASSES)
+    noise = torch.randn(6, 2, LATENT)
+    found = network(image, annotated=seen, noise=noise)
+    assert isinstance(found, Diversified)
+    assert found.samples.shape == (5, 2, CLASSES, *image.shape[2:])
+    assert found.logits[0].shape == (2, CLASSES, *image.shape[2:])
+    code = found.prior.mean + found.prior.log_sigma.exp() * noise[3]
+    network.set_latent(code)
+    with torch.no_grad():
+        torch.testing.assert_close(network(image)[0], found.samples[2], rtol=1e-5, atol=1e-5)
+    sum(level.sum() for level in [*found.logits, found.samples]).backward()
+    grads = {name.split(".")[0] for name, p in network.named_parameters() if p.grad is not None}
+    assert grads == {"encoder", "decoder", "prior", "posterior"}
+
+
+def test_second_stage_trains_its_heads_only_where_asked(
+    network: MultiRaterNet, image: Tensor
+) -> None:
+    network.requires_grad_(False)
+    network.heads.requires_grad_(True)
+    before = deepcopy(network.state_dict())
+    logits = network(image, bank=torch.randn(50, 2, LATENT))
+    assert logits.shape == (RATERS, 2, CLASSES, *image.shape[2:])
+    optimizer = torch.optim.SGD(network.heads.parameters(), 1.0)
+    logits[1].square().sum().backward()
+    for r, head in enumerate(network.heads):
+        moved = any(p.grad is not None and p.grad.abs().max() > 0 for p in head.parameters())
+        assert moved == (r == 1)
+    optimizer.step()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]) or name.startswith("heads.1.")
+
+
+def test_attention_stays_inside_the_bank() -> None:
+    torch.manual_seed(1)
+    queries, bank = torch.randn(RATERS, 2, LATENT), torch.randn(40, 2, LATENT)
+    own = attend(queries, bank)
+    assert own.shape == queries.shape
+    assert (own >= bank.amin(0) - 1e-6).all()
+    assert (own <= bank.amax(0) + 1e-6).all()
+    shuffled = attend(queries, bank[torch.randperm(40)])
+    torch.testing.assert_close(own, shuffled, rtol=1e-5, atol=1e-6)
+    same = attend(queries, bank[:1].expand(40, -1, -1))
+    torch.testing.assert_close(same, bank[:1].expand_as(same), rtol=1e-5, atol=1e-6)
+    centre = attend(torch.zeros_like(queries), bank)
+    torch.testing.assert_close(centre[0], bank.mean(0), rtol=1e-5, atol=1e-6)
+    # By hand, for one rater and sample.
+    weights = torch.softmax(bank[:, 1] @ queries[2, 1], 0)
+    torch.testing.assert_close(own[2, 1], weights @ bank[:, 1], rtol=1e-5, atol=1e-6)
+
+
+def test_queries_are_not_negative(network: MultiRaterNet, image: Tensor) -> None:
+    make: Callable[[], Tensor] = lambda: network.queries(network.features(image)[0])  # noqa: E731
+    with torch.no_grad():
+        queries = make()
+    assert queries.shape == (RATERS, 2, LATENT)
+    assert (queries >= 0).all()

@@ -1,0 +1,284 @@
+"""Any U-Net of nnU-Net with a latent opinion (multi_rater_personalization.md, 2.1, 3.1 and 7.4).
+
+The layers that make logits, ``decoder.seg_layers``, take the latent code as well; encoder and
+decoder keep nnU-Net's keys, so that weights transfer. Both stages have the same parameters.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+WIDTHS = (16, 32, 64, 128, 256)
+"""Channels of the encoders of the latent, level by level."""
+HIDDEN = 16
+"""Channels inside a combiner."""
+HEAD_WIDTHS = (32, 16)
+"""Channels of the first parts of a rater's head; the last part has those of the latent."""
+LOG_SIGMA_RANGE = (-7.0, 5.0)
+
+
+class Gaussian(NamedTuple):
+    """Axis-parallel normal distributions, each of shape (B, latent), single precision."""
+
+    mean: Tensor
+    log_sigma: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Return mean + sigma * noise, shape (..., B, latent), of standard normal noise."""
+        return self.mean + self.log_sigma.exp() * noise
+
+
+class Diversified(NamedTuple):
+    """What the first stage learns from.
+
+    Attributes
+    ----------
+    logits : Tensor or list of Tensor
+        With the posterior's code: (B, C, *spatial), with deep supervision every resolution.
+    samples : Tensor, shape (M, B, C, *spatial)
+        Logits with codes from the prior.
+    posterior, prior : Gaussian
+    """
+
+    logits: Tensor | list[Tensor]
+    samples: Tensor
+    posterior: Gaussian
+    prior: Gaussian
+
+
+class LatentEncoder(nn.Module):
+    """From images to a distribution of codes: convolutions, average pooling, a global mean (2.1).
+
+    Parameters
+    ----------
+    conv_op : type
+        ``nn.Conv2d`` or ``nn.Conv3d``.
+    channels, latent : int
+        Of the input, and of the code.
+    strides : sequence of sequence of int
+        Of the plan's stages: it pools by the first four, so that thick slices are not pooled early.
+    """
+
+    def __init__(
+        self,
+        conv_op: type[nn.Module],
+        channels: int,
+        latent: int,
+        strides: Sequence[Sequence[int]],
+    ) -> None:
+        super().__init__()
+        pool = nn.AvgPool2d if conv_op is nn.Conv2d else nn.AvgPool3d
+        layers: list[nn.Module] = []
+        before = channels
+        for level, width in enumerate(WIDTHS[: len(strides)]):
+            if level:
+                size = tuple(strides[level])
+                layers.append(pool(size, size, ceil_mode=True))
+            for _ in range(3):
+                layers += [conv_op(before, width, 3, padding=1), nn.ReLU(inplace=True)]
+                before = width
+        self.features = nn.Sequential(*layers)
+        self.code = nn.Linear(before, 2 * latent)
+        for module in self.features:
+            if isinstance(module, conv_op):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.trunc_normal_(module.bias, std=1e-3)
+
+    def forward(self, x: Tensor) -> Gaussian:
+        """Return the distribution for images of shape (B, channels, *spatial), of any size."""
+        pooled = self.features(x).flatten(2).mean(2)
+        mean, log_sigma = self.code(pooled).float().chunk(2, 1)
+        return Gaussian(mean, log_sigma.clamp(*LOG_SIGMA_RANGE))
+
+
+class Combiner(nn.Module):
+    """From features and a code to logits, voxel by voxel (2.1).
+
+    The first layer of the concatenation, W [h; z], is W_h h + W_z z: for a further code only the
+    second part is new.
+    """
+
+    def __init__(self, conv_op: type[nn.Module], features: int, latent: int, classes: int) -> None:
+        super().__init__()
+        self.of_features = conv_op(features, HIDDEN, 1)
+        self.of_code = nn.Linear(latent, HIDDEN, bias=False)
+        self.rest = nn.Sequential(
+            nn.ReLU(),
+            conv_op(HIDDEN, HIDDEN, 1),
+            nn.ReLU(inplace=True),
+            conv_op(HIDDEN, HIDDEN, 1),
+            nn.ReLU(inplace=True),
+            conv_op(HIDDEN, classes, 1),
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Linear | conv_op):
+                nn.init.orthogonal_(module.weight)
+                if module.bias is not None:
+                    nn.init.trunc_normal_(module.bias, std=1e-3)
+
+    def forward(self, features: Tensor, codes: Tensor) -> Tensor:
+        """Return logits (B, C, *spatial) of codes (B, latent), or (M, B, C, *spatial) of many."""
+        shared = self.of_features(features)
+        shift = self.of_code(codes)
+        shift = shift.view(*shift.shape, *[1] * (features.dim() - 2))
+        if codes.dim() == 2:
+            logits: Tensor = self.rest(shared + shift)
+            return logits
+        return torch.stack([self.rest(shared + one) for one in shift])
+
+
+class RaterHead(nn.Module):
+    """From features to a rater's query, shape (B, latent), not negative (3.1, 3)."""
+
+    def __init__(
+        self,
+        conv_op: type[nn.Module],
+        features: int,
+        latent: int,
+        strides: Sequence[Sequence[int]],
+    ) -> None:
+        super().__init__()
+        pool = nn.AvgPool2d if conv_op is nn.Conv2d else nn.AvgPool3d
+        dropout = nn.Dropout2d if conv_op is nn.Conv2d else nn.Dropout3d
+        layers: list[nn.Module] = []
+        before = features
+        for part, width in enumerate((*HEAD_WIDTHS, latent)):
+            if part and part < len(strides):
+                size = tuple(strides[part])
+                layers.append(pool(size, size, ceil_mode=True))
+            layers += [
+                conv_op(before, width, 3, padding=1),
+                nn.ReLU(),
+                dropout(0.1),
+                conv_op(width, width, 3, padding=1),
+                nn.ReLU(),
+            ]
+            before = width
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the query for features of shape (B, channels, *spatial)."""
+        query: Tensor = self.layers(features).flatten(2).mean(2).float()
+        return query
+
+
+def attend(queries: Tensor, bank: Tensor) -> Tensor:
+    """Return, for each query, the mean of the bank weighted by softmax of the products (3.1, 4).
+
+    Parameters
+    ----------
+    queries : Tensor, shape (R, B, latent)
+    bank : Tensor, shape (N, B, latent)
+
+    Returns
+    -------
+    Tensor, shape (R, B, latent)
+        Inside the range of the bank, in every dimension.
+    """
+    weights = torch.einsum("rbd,nbd->rnb", queries, bank).softmax(1)
+    return torch.einsum("rnb,nbd->rbd", weights, bank)
+
+
+class MultiRaterNet(nn.Module):
+    """A U-Net, encoders of the latent, and a head for each rater.
+
+    Parameters
+    ----------
+    unet : nn.Module
+        With ``encoder`` and ``decoder`` as dynamic_network_architectures makes them.
+    channels, classes, raters, latent : int
+        Image channels; classes with background; raters; size of the code.
+    """
+
+    def __init__(self, unet: Any, *, channels: int, classes: int, raters: int, latent: int) -> None:
+        super().__init__()
+        self.encoder, self.decoder = unet.encoder, unet.decoder
+        self.classes, self.latent = classes, latent
+        conv_op, strides = self.encoder.conv_op, self.encoder.strides
+        widths = [layer.in_channels for layer in self.decoder.seg_layers]
+        self.decoder.seg_layers = nn.ModuleList(
+            Combiner(conv_op, width, latent, classes) for width in widths
+        )
+        self.prior = LatentEncoder(conv_op, channels, latent, strides)
+        seen = channels + raters * classes  # masks of the foreground classes, and who is there
+        self.posterior = LatentEncoder(conv_op, seen, latent, strides)
+        self.heads = nn.ModuleList(
+            RaterHead(conv_op, widths[-1], latent, strides) for _ in range(raters)
+        )
+        self._code: Tensor | None = None
+
+    def set_latent(self, code: Tensor | None) -> None:
+        """Let `forward` use this code, shape (latent,) or (B, latent); None: the prior's mean."""
+        self._code = code
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Return the features of the decoder, full resolution first; all with deep supervision."""
+        skips = self.encoder(x)
+        found = []
+        below = skips[-1]
+        for s, stage in enumerate(self.decoder.stages):
+            up = self.decoder.transpconvs[s](below)
+            below = stage(torch.cat((up, skips[-(s + 2)]), 1))
+            found.append(below)
+        return found[::-1] if self.decoder.deep_supervision else found[-1:]
+
+    def logits(self, features: Sequence[Tensor], codes: Tensor) -> Tensor | list[Tensor]:
+        """Return logits of codes (B, latent) at each resolution of the features."""
+        layers = reversed(self.decoder.seg_layers)
+        levels = [layer(level, codes) for level, layer in zip(features, layers, strict=False)]
+        return levels if self.decoder.deep_supervision else levels[0]
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        annotated: Tensor | None = None,
+        noise: Tensor | None = None,
+        bank: Tensor | None = None,
+    ) -> Any:
+        """Return logits for one code; or what a stage learns from.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, channels, *spatial)
+        annotated : Tensor, optional
+            What the posterior sees, `posterior_input`; with ``noise``, the first stage.
+        noise : Tensor, optional, shape (1 + M, B, latent)
+            Standard normal: first for the posterior, the rest for samples from the prior.
+        bank : Tensor, optional, shape (N, B, latent)
+            Standard normal, for the bank of codes from the prior: the second stage.
+
+        Returns
+        -------
+        Tensor or list of Tensor
+            As nnU-Net's networks: with the code of `set_latent`, or the prior's mean.
+        Diversified
+            With ``annotated``.
+        Tensor, shape (R, B, C, *spatial)
+            With ``bank``: logits of each rater.
+        """
+        features = self.features(x)
+        if bank is not None:
+            return self.personalised(features[0], self.prior(x).sample(bank))
+        if annotated is not None and noise is not None:
+            prior, posterior = self.prior(x), self.posterior(annotated)
+            return Diversified(
+                self.logits(features, posterior.sample(noise[0])),
+                self.decoder.seg_layers[-1](features[0], prior.sample(noise[1:])),
+                posterior,
+                prior,
+            )
+        code = self.prior(x).mean if self._code is None else self._code
+        return self.logits(features, code.expand(len(x), self.latent))
+
+    def queries(self, features: Tensor) -> Tensor:
+        """Return the query of each rater, shape (R, B, latent), from full-resolution features."""
+        return torch.stack([head(features) for head in self.heads])
+
+    def personalised(self, features: Tensor, codes: Tensor) -> Tensor:
+        """Return logits of each rater, (R, B, C, *spatial), from a bank of codes (N, B, latent)."""
+        own = attend(self.queries(features), codes)
+        logits: Tensor = self.decoder.seg_layers[-1](features, own)
+        return logits
