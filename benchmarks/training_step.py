@@ -69,13 +69,14 @@ def measure_memory(work: Path) -> dict[str, list[float]]:
 
 
 def train_for_memory(work: Path, variant: str) -> float:
-    """Train some steps and return the peak memory of this process in GB."""
-    import resource
-
+    """Train some steps and return the peak memory of this process in GB; Linux only."""
     trainer = start(make_trainer(work, VARIANTS[variant]))
     for _ in range(MEMORY_STEPS):
         trainer.train_step(half_labelled(next(trainer.dataloader_train)))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # Not getrusage: what that returns includes the parent's memory at the time of the fork.
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (peak,) = (line.split()[1] for line in status if line.startswith("VmHWM"))
+    return int(peak) / 2**20
 
 
 def report(
