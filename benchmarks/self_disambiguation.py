@@ -296,25 +296,26 @@ def setting_table(name: str, seeds: Sequence[int], subjects: Mapping[str, str]) 
     finished = {row: runs for row in setting.rows if (runs := load(name, row, seeds))}
     if "ours" not in finished:
         return f"## {setting.title}\n\nNo run of ours yet."
-    classes = list(next(iter(finished["ours"][0]["dice_tp_fn"].values())))
-    rows = [
-        [
-            row,
-            *comparison_row(runs, _of_same_seeds(finished["ours"], runs), subjects),
-            ", ".join(str(run["seed"]) for run in runs),
-        ]
-        for row, runs in finished.items()
-    ]
+    ours = finished["ours"]
+    classes = list(next(iter(ours[0]["dice_tp_fn"].values())))
+    rows = []
+    for row, found in finished.items():
+        # Only seeds that both have.
+        runs = ours if row == "ours" else _of_seeds(found, ours)
+        if runs:
+            seeds_of_row = ", ".join(str(run["seed"]) for run in runs)
+            reference = ours if row == "ours" else _of_seeds(ours, runs)
+            rows.append([row, *comparison_row(runs, reference, subjects), seeds_of_row])
     header = ["row", *classes, "mean Dice", "seeds from - to",
               "points against ours [95 %]", "seeds"]  # fmt: skip
     return f"## {setting.title}\n\n{table(header, rows)}"
 
 
-def _of_same_seeds(
-    ours: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
-) -> Sequence[dict[str, Any]]:
-    seeds = [run["seed"] for run in runs]
-    return runs if runs is ours else [run for run in ours if run["seed"] in seeds]
+def _of_seeds(
+    runs: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    seeds = {run["seed"] for run in others}
+    return [run for run in runs if run["seed"] in seeds]
 
 
 def report(seeds: Sequence[int], work: Path) -> str:
