@@ -24,7 +24,6 @@ RATIO = 0.4
 def panels(work: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return title -> image and label map, 2D, of the plane with most foreground."""
     import torch
-    from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
     from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
     from nnmosaic.trainers.context_reconstruction.masking import (
@@ -33,6 +32,7 @@ def panels(work: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         generator_of,
         to_voxels,
     )
+    from nnmosaic.trainers.context_reconstruction.readout import cut_patch, foreground_centre
     from nnmosaic.trainers.ema_teacher import EXPORTED
     from nnmosaic.trainers.predictor import load_predictor
 
@@ -50,10 +50,10 @@ def panels(work: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     folder = str(preprocessed / manager.data_identifier)
     data, labels, _, _ = infer_dataset_class(folder)(folder, [case]).load_case(case)
     patch = manager.patch_size
-    centre = np.round(np.argwhere(np.asarray(labels[0]) > 0).mean(0)).astype(int)
-    box = [[int(c - n // 2), int(c - n // 2 + n)] for c, n in zip(centre, patch, strict=True)]
-    image = torch.from_numpy(crop_and_pad_nd(np.asarray(data), [[0, 1], *box], 0))[None].float()
-    target = crop_and_pad_nd(np.asarray(labels[0]), box, 0)
+    label = np.asarray(labels[0])
+    centre = foreground_centre(label, len(COLOURS) + 1)
+    image, patch_labels = cut_patch(np.asarray(data), label, centre, patch)
+    target = patch_labels.numpy()
     block = block_size(patch, manager.pool_op_kernel_sizes)
     grid = [n // b for n, b in zip(patch, block, strict=True)]
     cells = draw_mask(grid, 1, ratio=RATIO, kind="block", generator=generator_of(1))
@@ -61,8 +61,8 @@ def panels(work: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
     def found(name: str, x: torch.Tensor) -> np.ndarray:
         with torch.no_grad():
-            label: np.ndarray = predictors[name].network.eval()(x)[0].argmax(0).numpy()
-        return label
+            labels: np.ndarray = predictors[name].network.eval()(x)[0].argmax(0).numpy()
+        return labels
 
     plane = int((target > 0).sum((1, 2)).argmax())
     volumes = {

@@ -7,7 +7,6 @@ run again. ``--jobs`` run at the same time on their share of the cores. ``--only
 out the others.
 """
 
-import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from benchmarks.grid import (
     file_name,
     link,
     make_missing,
+    parser_of,
     preprocess_with_one_plan,
     scores,
     train_and_predict,
@@ -308,17 +308,8 @@ def report(work: Path) -> str:
 
 def main() -> None:
     """Prepare what is missing, make the missing runs, write the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--work", type=Path, default=Path("benchmark_work/self_disambiguation"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--report", action="store_true", help="only the page, of finished runs")
-    parser.add_argument(
-        "--one", nargs=4, metavar=("SETTING", "ROW", "DRAW", "SEED"), help="a single run"
-    )
-    options = parser.parse_args()
+    run = ("SETTING", "ROW", "DRAW", "SEED")
+    options = parser_of(__doc__, tuple(SETTINGS), seeds=(0,), run=run).parse_args()
     work = options.work.resolve()
     use_workspace(work)
     FOLDER.mkdir(exist_ok=True)

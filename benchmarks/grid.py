@@ -1,5 +1,6 @@
 """Grids of trainings that can be stopped and go on: one JSON file per run, and how they compare."""
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -44,6 +45,21 @@ class Training:
     test: Path
     options: Mapping[str, str] = field(default_factory=dict)
     fold: int | str = "all"
+
+
+def parser_of(
+    description: str | None, settings: Sequence[str], *, seeds: Sequence[int], run: Sequence[str]
+) -> argparse.ArgumentParser:
+    """Return the command line of a grid; ``run`` names what makes a single run."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--work", type=Path, default=Path("benchmark_work/self_disambiguation"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    parser.add_argument("--only", nargs="+", choices=tuple(settings), default=tuple(settings))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--report", action="store_true", help="only the page, of finished runs")
+    parser.add_argument("--one", nargs=len(run), metavar=tuple(run), help="a single run")
+    return parser
 
 
 def use_workspace(work: Path) -> None:

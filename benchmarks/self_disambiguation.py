@@ -7,7 +7,6 @@ skipped, so the command can be stopped and run again. A run takes about 5 minute
 others.
 """
 
-import argparse
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from benchmarks.grid import (
     file_name,
     link,
     make_missing,
+    parser_of,
     preprocess_with_one_plan,
     scores,
     train_and_predict,
@@ -347,15 +347,8 @@ def report(seeds: Sequence[int], work: Path) -> str:
 
 def main() -> None:
     """Prepare what is missing, make the missing runs, write the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--work", type=Path, default=Path("benchmark_work/self_disambiguation"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--report", action="store_true", help="only the page, of finished runs")
-    parser.add_argument("--one", nargs=3, metavar=("SETTING", "ROW", "SEED"), help="a single run")
-    options = parser.parse_args()
+    run = ("SETTING", "ROW", "SEED")
+    options = parser_of(__doc__, tuple(SETTINGS), seeds=(0, 1, 2), run=run).parse_args()
     work = options.work.resolve()
     use_workspace(work)
     if options.one:

@@ -16,7 +16,12 @@ import numpy as np
 
 from nnmosaic.data_conversion.atomic_write import write_json
 from nnmosaic.data_conversion.case_check import read_image, read_label, reader_of
-from nnmosaic.data_conversion.dataset_json import BACKGROUND, DatasetJson, parse_dataset_json
+from nnmosaic.data_conversion.dataset_json import (
+    BACKGROUND,
+    DatasetJson,
+    multirater_content,
+    parse_dataset_json,
+)
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.label_fusion import Tie, majority, staple
 from nnmosaic.data_conversion.new_dataset import building, link_file, link_images
@@ -90,7 +95,7 @@ def add_raters(
         "labels": {BACKGROUND: 0, **{name: i + 1 for i, name in enumerate(what.classes)}},
         "numTraining": len(cases),
         "file_ending": ending,
-        "multirater": {"raters": list(raters), "identity": what.identity},
+        "multirater": multirater_content(raters, what.identity),
     }
     if subjects is not None:
         content["subjects"] = _read_subjects(subjects, cases)

@@ -18,6 +18,9 @@ from nnmosaic.data_conversion.errors import InputError
 BACKGROUND = "background"
 IGNORE = "ignore"
 
+IDENTITIES = ("persistent", "exchangeable")
+"""Of raters: the same person in all cases, or a slot that anyone may have filled."""
+
 LABEL_KEYS = ("annotated", "merged", "modality")
 """What an entry of ``partial_labels`` may say of a source, or of a case instead of its source."""
 SOURCE_KEYS = (*LABEL_KEYS, "cases", "pattern", "sparse")
@@ -269,6 +272,11 @@ def partial_labels_content(
     return {"sources": content, "unmatched": "error"}
 
 
+def multirater_content(raters: Iterable[str], identity: str) -> dict[str, Any]:
+    """Return the JSON value of ``multirater``."""
+    return {"raters": list(raters), "identity": identity}
+
+
 def _parse_labels(
     labels: Any, where: str, key: str = "labels"
 ) -> tuple[dict[str, int], int | None, bool]:
@@ -326,6 +334,11 @@ def _parse_raters(multirater: Any, where: str) -> tuple[str, ...]:
         raise InputError(
             f'{where}: "multirater" must list at least two different "raters", whose names can be '
             f"folders, got {raters}."
+        )
+    if multirater.get("identity", IDENTITIES[0]) not in IDENTITIES:
+        raise InputError(
+            f'{where}: "identity" of multirater must be {" or ".join(IDENTITIES)}, got '
+            f"{multirater['identity']!r}."
         )
     return tuple(raters)
 

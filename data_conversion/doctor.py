@@ -93,8 +93,8 @@ def _examine_case(case: Case, dataset: DatasetJson) -> tuple[list[Finding], str]
         findings.append(
             Finding(
                 True,
-                f"Case {case.identifier!r} has no label map in {RATERS_FOLDER}, of none of "
-                f"{', '.join(dataset.raters)}. Add one, or remove the case.",
+                f"Case {case.identifier!r} has no label map of {', '.join(dataset.raters)} in "
+                f"{RATERS_FOLDER}. Add one, or remove the case.",
             )
         )
     if not np.any(label > 0):

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from nnmosaic.data_conversion.dataset_json import IDENTITIES
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.pipeline.cli_arguments import (
     add_command,
@@ -101,8 +102,8 @@ def add_add_raters(commands: Any) -> None:
     )
     parser.add_argument(
         "--identity",
-        choices=("persistent", "exchangeable"),
-        default="persistent",
+        choices=IDENTITIES,
+        default=IDENTITIES[0],
         help="whether a rater is the same person in all cases (default: %(default)s)",
     )
     parser.add_argument(

@@ -6,19 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 
 from nnmosaic.data_conversion.atomic_write import replacing
 from nnmosaic.trainers.base import nnUNetTrainerMosaic
 from nnmosaic.trainers.checkpoint import EXTRA, read_checkpoint
+from nnmosaic.trainers.resumable import plain_network
 
 EXPORTED = "checkpoint_teacher_final.pth"
-
-
-def plain_network(network: Any) -> Any:
-    """Return the network inside DDP and ``torch.compile``."""
-    network = getattr(network, "module", network)
-    return network._orig_mod if isinstance(network, OptimizedModule) else network
 
 
 def forgetting_momentum(n: int, decay: float) -> float:

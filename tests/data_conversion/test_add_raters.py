@@ -152,6 +152,12 @@ def test_doctor_reads_every_rater(files: dict[str, Path], tmp_path: Path) -> Non
     found = examine(target)
     texts = " ".join(finding.text for finding in found)
     assert "C/a.nii.gz holds the label value 2" in texts
-    assert "Case 'b' has no label map in labelsTr_raters" in texts
+    assert "Case 'b' has no label map of A, B, C in labelsTr_raters" in texts
     assert "stray.nii.gz belongs to no case" in texts
     assert [finding.is_error for finding in found] == [False, True, True]
+
+
+def test_an_unknown_identity_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
+    what = replace(WHAT, identity="anyone")
+    with pytest.raises(InputError, match="must be persistent or exchangeable, got 'anyone'"):
+        add_raters(files["images"], raters_of(files), tmp_path / "D", what)

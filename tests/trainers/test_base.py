@@ -15,8 +15,9 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnmosaic.data_conversion.errors import InputError
-from nnmosaic.trainers.base import TrainingStoppedError, nnUNetTrainerMosaic
+from nnmosaic.trainers.base import nnUNetTrainerMosaic
 from nnmosaic.trainers.checkpoint import EXTRA, read_checkpoint
+from nnmosaic.trainers.resumable import TrainingStoppedError
 from nnmosaic.trainers.self_disambiguation.trainer import nnUNetTrainerSelfDisambiguation
 from nnmosaic.trainers.self_disambiguation_context import nnUNetTrainerSelfDisambiguationContext
 

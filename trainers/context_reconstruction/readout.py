@@ -4,7 +4,7 @@ Dice at voxels that are hidden by fixed masks, and next to the border of a patch
 the organs; each beside the Dice of the same voxels in full view.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -50,48 +50,66 @@ def readout(
         True positives, false positives and false negatives of "hidden R" and "hidden R, in view"
         for each ratio R, of "border" and of "border, in view".
     """
-    centre = np.round(np.argwhere((labels > 0) & (labels < classes)).mean(0)).astype(int)
-
-    def patch(at: np.ndarray) -> tuple[Tensor, Tensor]:
-        box = [[int(c - n // 2), int(c - n // 2 + n)] for c, n in zip(at, patch_size, strict=True)]
-        image = crop_and_pad_nd(data, [[0, len(data)], *box], 0)
-        target = crop_and_pad_nd(labels, box, -1)
-        return torch.from_numpy(image)[None].float().to(device), torch.from_numpy(target)
 
     def predict(image: Tensor) -> Tensor:
         with torch.no_grad():
-            return network(image)[0].argmax(0).cpu()
+            return network(image.to(device))[0].argmax(0).cpu()
 
-    image, target = patch(centre)
+    centre = foreground_centre(labels, classes)
+    image, target = cut_patch(data, labels, centre, patch_size)
     in_view = predict(image)
     found: Counts = {}
     grid = [n // b for n, b in zip(patch_size, block, strict=True)]
     for ratio in RATIOS:
         cells = draw_mask(grid, 1, ratio=ratio, kind="block", generator=generator_of(0))
         hidden = to_voxels(cells, block)
-        masked = predict(image.masked_fill(hidden.to(device), 0))
+        masked = predict(image.masked_fill(hidden, 0))
         found[f"hidden {ratio}"] = _counts(masked, target, hidden[0, 0], classes)
         found[f"hidden {ratio}, in view"] = _counts(in_view, target, hidden[0, 0], classes)
-    found["border"] = np.zeros((classes, 3), int)
-    found["border, in view"] = np.zeros((classes, 3), int)
-    for axis in range(len(patch_size))[-2:]:
-        for side in (-1, 1):
-            # A patch that ends at the centre, and its last planes.
-            size, width = patch_size[axis], max(1, patch_size[axis] // BORDER)
-            shift = np.zeros(len(patch_size), int)
-            shift[axis] = size // 2 if side > 0 else size // 2 - size
-            image, shifted_target = patch(centre + shift)
-            start = 0 if side > 0 else size - width
-            middle = size // 2 if side > 0 else size // 2 - width
-            border = predict(image).narrow(axis, start, width)
-            there = shifted_target.narrow(axis, start, width)
-            seen = in_view.narrow(axis, middle, width)
-            everywhere = torch.ones_like(there, dtype=torch.bool)
-            found["border"] += _counts(border, there, everywhere, classes)
-            found["border, in view"] += _counts(
-                seen, target.narrow(axis, middle, width), everywhere, classes
-            )
+    border = [
+        (predict(cut_patch(data, labels, centre + shift, patch_size)[0]).narrow(*there), here)
+        for shift, there, here in _borders(patch_size)
+    ]
+    for name, pairs in (
+        ("border", [(seen, target.narrow(*here)) for seen, here in border]),
+        ("border, in view", [(in_view.narrow(*here), target.narrow(*here)) for _, here in border]),
+    ):
+        found[name] = sum(
+            (_counts(f, t, torch.ones_like(t, dtype=torch.bool), classes) for f, t in pairs),
+            start=np.zeros((classes, 3), int),
+        )
     return found
+
+
+def foreground_centre(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Return the voxel, int (axes,), in the middle of the labels from 1 to ``classes - 1``."""
+    where = np.argwhere((labels > 0) & (labels < classes))
+    centre: np.ndarray = np.round(where.mean(0)).astype(int)
+    return centre
+
+
+def cut_patch(
+    data: np.ndarray, labels: np.ndarray, centre: np.ndarray, patch_size: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return image (1, channels, *patch_size) and labels (*patch_size); outside are 0 and -1."""
+    box = [[int(c - n // 2), int(c - n // 2 + n)] for c, n in zip(centre, patch_size, strict=True)]
+    image = crop_and_pad_nd(data, [[0, len(data)], *box], 0)
+    return torch.from_numpy(image)[None].float(), torch.from_numpy(crop_and_pad_nd(labels, box, -1))
+
+
+Slab = tuple[int, int, int]
+"""Axis, first plane and number of planes."""
+
+
+def _borders(patch_size: Sequence[int]) -> Iterator[tuple[np.ndarray, Slab, Slab]]:
+    """Yield shifts to patches that end at the centre, their last planes, and where these were."""
+    for axis in range(len(patch_size))[-2:]:
+        size = patch_size[axis]
+        width, half = max(1, size // BORDER), size // 2
+        for move, there, here in ((half - size, size - width, half - width), (half, 0, half)):
+            shift = np.zeros(len(patch_size), int)
+            shift[axis] = move
+            yield shift, (axis, there, width), (axis, here, width)
 
 
 def _counts(found: Tensor, target: Tensor, where: Tensor, classes: int) -> np.ndarray:

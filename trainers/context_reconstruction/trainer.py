@@ -23,8 +23,9 @@ from nnmosaic.trainers.context_reconstruction.masking import (
     to_voxels,
 )
 from nnmosaic.trainers.context_reconstruction.schedule import cosine_momentum, warmup_momentum
-from nnmosaic.trainers.ema_teacher import TeacherTrainer, forgetting_momentum, plain_network
+from nnmosaic.trainers.ema_teacher import TeacherTrainer, forgetting_momentum
 from nnmosaic.trainers.options import Count, Fraction, Positive
+from nnmosaic.trainers.resumable import plain_network
 
 
 class nnUNetTrainerContextReconstruction(TeacherTrainer):

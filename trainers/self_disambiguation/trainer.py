@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from nnmosaic.trainers.base import GRADIENT_NORM_LIMIT, Logits
 from nnmosaic.trainers.dataloading import Batches, make_loaders
-from nnmosaic.trainers.ema_teacher import TeacherTrainer, forgetting_momentum, plain_network
+from nnmosaic.trainers.ema_teacher import TeacherTrainer, forgetting_momentum
 from nnmosaic.trainers.options import Fraction
+from nnmosaic.trainers.resumable import plain_network
 from nnmosaic.trainers.self_disambiguation.ambiguity import (
     conditional_entropy,
     teacher_cross_entropy,
