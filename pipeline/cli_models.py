@@ -41,6 +41,12 @@ def add_train(commands: Any) -> None:
         "--npz", action="store_true", help="store probabilities of the validation cases"
     )
     parser.add_argument("-pretrained_weights", metavar="FILE", type=Path, help="nnU-Net checkpoint")
+    parser.add_argument(
+        "--stage1",
+        metavar="FILE",
+        type=Path,
+        help="checkpoint that a second stage starts from (default: of the same fold)",
+    )
     parser.add_argument("-num_gpus", "--num_gpus", type=positive, default=1, metavar="N")
 
 
@@ -59,6 +65,7 @@ def _do_train(options: argparse.Namespace) -> None:
         only_validate=options.val,
         save_probabilities=options.npz,
         pretrained_weights=options.pretrained_weights,
+        stage1=options.stage1,
         num_gpus=options.num_gpus,
         device=options.device,
     )
@@ -98,6 +105,19 @@ def add_predict(commands: Any) -> None:
     parser.add_argument(
         "--continue_prediction", action="store_true", help="skip cases that are done"
     )
+    raters = parser.add_argument_group("models for several raters")
+    raters.add_argument(
+        "--raters", nargs="+", default=(), metavar="RATER", help="their own masks; all for all"
+    )
+    raters.add_argument(
+        "--samples", type=whole_number, default=0, metavar="N", help="plausible masks"
+    )
+    raters.add_argument(
+        "--uncertainty", action="store_true", help="entropy, mutual information and variance maps"
+    )
+    raters.add_argument(
+        "--seed", type=whole_number, default=0, metavar="N", help="of the samples (default: 0)"
+    )
 
 
 def _do_predict(options: argparse.Namespace) -> int:
@@ -123,10 +143,20 @@ def _do_predict(options: argparse.Namespace) -> int:
         save_probabilities=options.save_probabilities,
         skip_existing=options.continue_prediction,
         previous_stage=options.prev_stage_predictions,
+        masks=_wanted_masks(options),
         device=options.device,
         workers=options.np,
     )
     return SOME_CASES_FAILED if failures else DONE
+
+
+def _wanted_masks(options: argparse.Namespace) -> Any:
+    from nnmosaic.trainers.multi_rater.wanted_masks import WantedMasks
+
+    if not (options.raters or options.samples or options.uncertainty):
+        return None
+    raters = tuple(options.raters)
+    return WantedMasks(raters, options.samples, options.uncertainty, options.seed)
 
 
 def add_context_dice(commands: Any) -> None:
@@ -217,6 +247,24 @@ def _do_evaluate(options: argparse.Namespace) -> None:
             allow_missing=options.chill,
         )
     )
+
+
+def add_evaluate_raters(commands: Any) -> None:
+    """Add ``evaluate_raters``."""
+    text = "Dice per rater, and how well masks or samples match a set of raters"
+    parser = add_command(commands, "evaluate_raters", text, _do_evaluate_raters)
+    parser.add_argument("gt_folder", type=Path, help="a folder per rater, such as labelsTr_raters")
+    parser.add_argument("pred_folder", type=Path, help="what predict wrote")
+    parser.add_argument("-djfile", type=Path, required=True, metavar="FILE", help="dataset.json")
+    parser.add_argument(
+        "-o", type=Path, metavar="FILE", help="default: pred_folder/summary_raters.json"
+    )
+
+
+def _do_evaluate_raters(options: argparse.Namespace) -> None:
+    from nnmosaic.pipeline.evaluate_raters import evaluate_raters
+
+    print(evaluate_raters(options.gt_folder, options.pred_folder, options.djfile, output=options.o))
 
 
 def add_find_best(commands: Any) -> None:
@@ -330,6 +378,7 @@ MODEL_COMMANDS = (
     add_ensemble,
     add_context_dice,
     add_evaluate,
+    add_evaluate_raters,
     add_find_best,
     add_run,
     add_trainer_path,

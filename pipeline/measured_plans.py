@@ -17,7 +17,6 @@ from nnmosaic.pipeline.speed import measure_speed
 from nnmosaic.planners.cpu_budget import Speed, fit_to_seconds, fitted_decisions, name_of
 from nnmosaic.planners.plans_section import (
     PlanningResult,
-    PlansSection,
     read_section,
     write_section,
 )
@@ -106,7 +105,14 @@ def fit_to_minutes(
     own = fitted_decisions(fit, configuration, request.folds)
     kept = [d for d in section.decisions if d.what not in {decision.what for decision in own}]
     expected = {configuration: fit.numbers()}
-    write_section(fit.plans, PlansSection(budget, fit.settings, (*kept, *own), expected))
+    fitted = replace(
+        section,
+        budget=budget,
+        run_settings=fit.settings,
+        decisions=(*kept, *own),
+        expected=expected,
+    )
+    write_section(fit.plans, fitted)
     return fit.plans
 
 

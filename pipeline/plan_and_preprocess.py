@@ -30,6 +30,7 @@ from nnmosaic.planners.method_memory import memory_factor
 from nnmosaic.planners.plans_section import PlanningResult
 from nnmosaic.planners.preprocessing import (
     FULL_REFERENCES_FOLDER,
+    RATER_REFERENCES_FOLDER,
     copy_references,
     finished_cases,
     preprocess_configuration,
@@ -114,8 +115,8 @@ def plan_and_preprocess(
                 if fitted is None:
                     fitted = fit_to_minutes(result.plans, request, folder, len(cases), planning)
                     _write_plans(fitted, folder, workspace)
-                    labels = dataset.content["labels"]
-                    digests = {configuration_digest(p, known[0], labels) for p in (plans, fitted)}
+                    declared = dataset.content
+                    digests = {configuration_digest(p, known[0], declared) for p in (plans, fitted)}
                     if len(digests) > 1:  # a smaller patch gives 3d_lowres another spacing
                         preprocess(fitted)
                 result = call_one(planning, "describe", fitted)
@@ -280,6 +281,12 @@ def _preprocess(
         folder / "gt_segmentations",
         dataset.file_ending,
     )
+    for rater in dataset.raters:
+        copy_references(
+            {c.identifier: dict(c.raters)[rater] for c in cases if rater in dict(c.raters)},
+            folder / RATER_REFERENCES_FOLDER / rater,
+            dataset.file_ending,
+        )
     copy_references(
         {case.identifier: case.full_label for case in cases if case.full_label is not None},
         folder / FULL_REFERENCES_FOLDER,

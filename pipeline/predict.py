@@ -3,8 +3,10 @@
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from nnmosaic.data_conversion.dataset_json import DatasetJson, parse_dataset_jso
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.raw_dataset import Case, find_image_cases
 from nnmosaic.pipeline.progress import progress
+from nnmosaic.trainers.multi_rater.wanted_masks import WantedMasks
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ def predict(
     save_probabilities: bool = False,
     skip_existing: bool = False,
     previous_stage: Path | None = None,
+    masks: WantedMasks | None = None,
     device: str | None = None,
     workers: int | None = None,
 ) -> dict[str, str]:
@@ -54,6 +58,10 @@ def predict(
         Leave cases alone whose results are there, if the same model made them.
     previous_stage : Path, optional
         Label maps of the previous stage, for a cascade.
+    masks : WantedMasks, optional
+        Of a model for several raters: ``raters/RATER/CASE`` and ``samples/000/CASE``, ...; maps
+        ``entropy/CASE``, ``mutual_information/CASE`` and ``variance/CASE``; then ``CASE`` is the
+        mean of the samples, or else of the raters. Default: the most likely mask only.
     workers : int, optional
         Threads that read and preprocess, and as many that write. Default: one per core, at most 4.
 
@@ -76,6 +84,8 @@ def predict(
 
     folds = folds or available_folds(model, checkpoint)
     made_with = _made_with(model, folds, checkpoint, step_size=step_size, mirroring=mirroring)
+    if masks is not None:
+        made_with["masks"] = {**asdict(masks), "raters": list(masks.raters)}
     if skip_existing and _was_made_with(made_with, output):
         suffixes = (dataset.file_ending, ".npz") if save_probabilities else (dataset.file_ending,)
         cases = [case for case in cases if not _is_predicted(case, output, suffixes)]
@@ -89,6 +99,8 @@ def predict(
             mirroring=mirroring,
         )
         run = _Run(dataset, predictor, output, save_probabilities, previous_stage)
+        if masks is not None:
+            run = _RaterRun(run, masks)
         _begin_output(output, model, made_with)
         failures.update(run.all_cases(cases, workers or min(4, os.cpu_count() or 1)))
     _write_failures(failures, output)
@@ -160,9 +172,8 @@ class _Run:
                 written: list[tuple[Case, Future[None]]] = []
                 for case, prepared in _ahead(readers, self.prepare, cases, workers + 1):
                     try:
-                        data, properties = prepared.result()
-                        logits = self.predictor.predict_logits_from_preprocessed_data(data).numpy()
-                        written.append((case, writers.submit(self.write, case, logits, properties)))
+                        write = self.predicted(case, *prepared.result())
+                        written.append((case, writers.submit(write)))
                         if len(written) > 2 * workers:  # logits must not pile up
                             written[-2 * workers][1].exception()
                     except Exception as error:
@@ -208,6 +219,11 @@ class _Run:
             )
         return torch.from_numpy(data), properties
 
+    def predicted(self, case: Case, data: Any, properties: dict[str, Any]) -> Callable[[], None]:
+        """Predict one preprocessed case, and return what writes the result."""
+        logits = self.predictor.predict_logits_from_preprocessed_data(data).numpy()
+        return partial(self.write, case, logits, properties)
+
     def write(self, case: Case, logits: Any, properties: dict[str, Any]) -> None:
         """Resample to the image's grid, write under a temporary name, and move into place."""
         import torch
@@ -232,6 +248,39 @@ class _Run:
         reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         logger.error("%s failed: %s", case.identifier, reason)
         failures[case.identifier] = reason
+
+
+class _RaterRun(_Run):
+    """The same for masks of raters, and samples."""
+
+    def __init__(self, run: _Run, masks: WantedMasks) -> None:
+        from nnmosaic.trainers.multi_rater.prediction import RaterPredictor
+
+        self.__dict__.update(run.__dict__)
+        self.masks, self.raters = masks, RaterPredictor(self.predictor, masks)
+
+    def predicted(self, case: Case, data: Any, properties: dict[str, Any]) -> Callable[[], None]:
+        """Predict and write all masks of one case, and return what moves them into place."""
+        from nnmosaic.trainers.multi_rater.export import CaseWriter
+
+        folder = self.partial / case.identifier
+        writer = CaseWriter(folder, case.identifier, self.predictor, properties)
+        for kind, name, logits in self.raters.logits(data, case.identifier):
+            writer.add(kind, name, logits)
+        writer.finish(
+            self.raters.latents,
+            uncertainty=self.masks.uncertainty,
+            save_probabilities=self.save_probabilities,
+        )
+        return partial(self.publish, folder)
+
+    def publish(self, folder: Path) -> None:
+        """Move the files of a case into place; ``CASE`` itself, which says "done", is the last."""
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.parent == folder):
+            target = self.output / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
 
 
 def _ahead(

@@ -13,7 +13,7 @@ from nnmosaic.pipeline.workspace import Workspace
 from nnmosaic.planners.ledger import Ledger, configuration_digest, ledger_path
 from nnmosaic.planners.plans_section import RunSettings
 from nnmosaic.planners.preprocessing import data_identifier
-from nnmosaic.trainers import TRAINERS
+from nnmosaic.trainers import FIRST_STAGE, TRAINERS
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ def train(
     only_validate: bool = False,
     save_probabilities: bool = False,
     pretrained_weights: Path | None = None,
+    stage1: Path | None = None,
     num_gpus: int = 1,
     device: str | None = None,
 ) -> None:
@@ -59,6 +60,8 @@ def train(
         Refuse to begin anew; an interrupted training goes on in any case.
     only_validate : bool
         Only the final validation of a finished training.
+    stage1 : Path, optional
+        Checkpoint that a second stage starts from. Default: same plans and fold.
 
     Raises
     ------
@@ -80,10 +83,12 @@ def train(
         finished=is_finished(folder, trainer, read_dataset_json(preprocessed)),
     )
     _refuse_weights_over(checkpoint, pretrained_weights)
+    if stage1 is not None and trainer not in FIRST_STAGE:
+        raise InputError(f"--stage1: {trainer} has no first stage. Leave it out.")
     folder.mkdir(parents=True, exist_ok=True)
     arguments = (
         preprocessed, configuration, fold, trainer, plans_name, settings, checkpoint,
-        only_validate, save_probabilities, pretrained_weights,
+        only_validate, save_probabilities, pretrained_weights, stage1,
     )  # fmt: skip
     with exclusive(folder / ".training.lock", "trains this fold"):
         _train_on(chosen, num_gpus, arguments)
@@ -97,6 +102,8 @@ def is_finished(fold_folder: Path, trainer: str, dataset: DatasetJson) -> bool:
     written = ["summary.json"]
     if dataset.partial_labels is not None and trainer in TRAINERS:
         written.append("summary_raw.json")
+    if trainer in {*FIRST_STAGE, *FIRST_STAGE.values()}:
+        written.append("summary_raters.json")
     return all((fold_folder / "validation" / name).is_file() for name in written)
 
 
@@ -131,11 +138,11 @@ def _check_preprocessed(
         raise InputError(f"{data} holds no preprocessed data. {cure}")
     declared = read_json(folder / "dataset.json")
     raw_file = raw / "dataset.json"
-    for key in ("labels", "partial_labels") if raw_file.is_file() else ():
+    for key in ("labels", "partial_labels", "multirater") if raw_file.is_file() else ():
         if read_json(raw_file).get(key) != declared.get(key):
             raise InputError(f"{raw_file}: {key} changed after preprocessing. {cure}")
     ledger = Ledger(ledger_path(data))
-    if not ledger.fits(configuration_digest(plans, configuration, declared["labels"])):
+    if not ledger.fits(configuration_digest(plans, configuration, declared)):
         raise InputError(f"{data} was preprocessed for other plans or labels. {cure}")
     missing = ledger.missing()
     if missing:
@@ -190,6 +197,7 @@ def _train(
     only_validate: bool,
     save_probabilities: bool,
     pretrained_weights: Path | None,
+    stage1: Path | None,
     *,
     device: Any,
 ) -> None:
@@ -207,6 +215,8 @@ def _train(
         trainer.request_settings(settings)
     if pretrained_weights is not None:
         _load_pretrained(trainer, pretrained_weights)
+    if stage1 is not None:
+        trainer.stage1_file = stage1
     if checkpoint is not None:
         trainer.load_checkpoint(str(checkpoint))
     if device.type == "cuda":

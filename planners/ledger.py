@@ -39,8 +39,16 @@ def resolved_configuration(plans: Mapping[str, Any], configuration: str) -> dict
     return {**resolved_configuration(plans, parent), **own} if parent else dict(own)
 
 
-def configuration_digest(plans: Mapping[str, Any], configuration: str, labels: Any) -> str:
-    """Return a digest of everything in the plans and labels that preprocessed arrays depend on."""
+def configuration_digest(
+    plans: Mapping[str, Any], configuration: str, declared: Mapping[str, Any]
+) -> str:
+    """Return a digest of everything in the plans that preprocessed arrays depend on.
+
+    Parameters
+    ----------
+    declared : mapping
+        The content of dataset.json, whose labels and raters count as well.
+    """
     resolved = resolved_configuration(plans, configuration)
     relevant = {
         "configuration": {key: resolved.get(key) for key in ARRAYS_DEPEND_ON},
@@ -49,8 +57,10 @@ def configuration_digest(plans: Mapping[str, Any], configuration: str, labels: A
         else plans["foreground_intensity_properties_per_channel"],
         "transpose": plans["transpose_forward"],
         "reader": plans["image_reader_writer"],
-        "labels": labels,
+        "labels": declared["labels"],
     }
+    if "multirater" in declared:
+        relevant["raters"] = declared["multirater"]["raters"]
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
@@ -62,7 +72,7 @@ def file_times(case: Case) -> list[list[int]]:
 
 def content_digest(case: Case) -> str:
     """Return a digest of the bytes of all files of a case; names and times do not enter."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(" ".join(rater for rater, _ in case.raters).encode())
     for path in _files(case):
         digest.update(f"{path.stat().st_size} bytes:".encode())
         with path.open("rb") as file:

@@ -23,7 +23,13 @@ from nnmosaic.data_conversion.atomic_write import read_json
 from nnmosaic.data_conversion.dataset_json import parse_dataset_json
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.planners.fingerprint import SECTION as FINGERPRINT_SECTION
-from nnmosaic.planners.plans_section import Decision, PlansSection, RunSettings, write_section
+from nnmosaic.planners.plans_section import (
+    Decision,
+    PlansSection,
+    RaterPlan,
+    RunSettings,
+    write_section,
+)
 
 HOUNSFIELD_AIR = -100.0
 """HU. An image in Hounsfield units holds air or fat below this, an MR image nothing at all."""
@@ -181,8 +187,12 @@ class SourceAwareMixin:
                 plans[key] = [number(value) for value in median[forward]]
         self.decisions = [*self._decisions(plans), *self._own_decisions(plans)]
         budget, settings = self.budget(), self.run_settings()
-        if budget or self.has_several_sources:
-            write_section(plans, PlansSection(budget, settings, tuple(self.decisions)))
+        raters = parse_dataset_json(self.dataset_json).raters
+        multirater = RaterPlan(raters) if raters else None
+        if budget or self.has_several_sources or raters:
+            decisions = tuple(self.decisions)
+            section = PlansSection(budget, settings, decisions, multirater=multirater)
+            write_section(plans, section)
         recursive_fix_for_json_export(plans)
         path = Path(nnUNet_preprocessed) / self.dataset_name / f"{self.plans_identifier}.json"
         if path.is_file():

@@ -23,6 +23,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnmosaic.data_conversion.atomic_write import read_json
+from nnmosaic.data_conversion.dataset_json import parse_dataset_json
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.raw_dataset import Case
 from nnmosaic.planners.mosaic_planner import (
@@ -33,7 +34,8 @@ from nnmosaic.planners.mosaic_planner import (
     SourceAwareMixin,
 )
 from nnmosaic.planners.plans_section import PlanningResult, read_section
-from nnmosaic.planners.preprocessing import SUFFIXES, case_file
+from nnmosaic.planners.preprocessing import RATER_SUFFIXES, SUFFIXES, case_file, rater_folder
+from nnmosaic.planners.rater_preprocessing import rater_preprocessor
 from nnmosaic.planners.small_machine_planner import SMALLEST_PRESET_GB, SmallMachinePlanner
 
 OWN_PLANNERS: dict[str, Any] = {
@@ -155,7 +157,12 @@ def preprocess_case(
     case_file(scratch, os.getpid()).write_text(case.identifier, encoding="utf-8")
     plans_manager = _plans_manager(plans_file, Path(plans_file).stat().st_mtime_ns)
     configuration_manager = plans_manager.get_configuration(configuration)
-    preprocessor = configuration_manager.preprocessor_class(verbose=False)
+    preprocessor_class = configuration_manager.preprocessor_class
+    raters = parse_dataset_json(dataset_json).raters
+    if raters:
+        preprocessor = rater_preprocessor(preprocessor_class, case, raters)
+    else:
+        preprocessor = preprocessor_class(verbose=False)
     preprocessor.run_case_save(
         os.path.join(scratch, case.identifier),  # noqa: PTH118 - nnU-Net appends to a string
         [str(path) for path in case.images],
@@ -164,6 +171,12 @@ def preprocess_case(
         configuration_manager,
         dataset_json,
     )
+    if raters:
+        own = f"{case.identifier}_raters"
+        preprocessor.save_raters(Path(scratch) / own, configuration_manager.patch_size)
+        for suffix in RATER_SUFFIXES:
+            target = rater_folder(folder) / f"{case.identifier}{suffix}"
+            (Path(scratch) / f"{own}{suffix}").replace(target)
     for name in (f"{case.identifier}{suffix}" for suffix in SUFFIXES):
         (Path(scratch) / name).replace(Path(folder) / name)
 

@@ -118,6 +118,31 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class RaterPlan:
+    """What networks for several raters are built from (multi_rater spec, 2 and 3).
+
+    Attributes
+    ----------
+    raters : tuple of str
+        In the order of their heads.
+    latent : int
+        Size of the code of an opinion.
+    prior_samples, prior_samples_3d : int
+        Samples whose extremes are held against those of the raters, in a step of the first stage;
+        fewer in 3D, for the memory.
+    bank, bank_at_inference : int
+        Codes among which a rater's is sought, in a step of the second stage and afterwards.
+    """
+
+    raters: tuple[str, ...]
+    latent: int = 6
+    prior_samples: int = 10
+    prior_samples_3d: int = 4
+    bank: int = 100
+    bank_at_inference: int = 500
+
+
+@dataclass(frozen=True)
 class PlansSection:
     """nnMosaic's section of the plans.
 
@@ -134,12 +159,15 @@ class PlansSection:
     expected : mapping
         Configuration -> what was measured on this machine, a `nnmosaic.planners.cpu_budget.Speed`;
         for plans that fit some minutes also "seconds_per_fold".
+    multirater : RaterPlan, optional
+        Where the dataset declares raters.
     """
 
     budget: Mapping[str, Any] = field(default_factory=dict)
     run_settings: RunSettings = field(default_factory=RunSettings)
     decisions: tuple[Decision, ...] = ()
     expected: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    multirater: RaterPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -180,9 +208,37 @@ def read_section(plans: Mapping[str, Any]) -> PlansSection:
         RunSettings(**settings),
         tuple(Decision(**decision) for decision in section.get("decisions", ())),
         section.get("expected", {}),
+        _rater_plan(section.get("multirater")),
     )
+
+
+def rater_plan(plans: Mapping[str, Any]) -> RaterPlan:
+    """Return what the plans say of raters.
+
+    Raises
+    ------
+    InputError
+        If they name none.
+    """
+    plan = read_section(plans).multirater
+    if plan is None:
+        raise InputError(
+            f"The plans {plans.get('plans_name')!r} name no raters. Declare them in dataset.json "
+            "(nnmosaic add_raters does) and plan with nnmosaic plan_and_preprocess, without a "
+            "planner of nnU-Net's own."
+        )
+    return plan
+
+
+def _rater_plan(content: Mapping[str, Any] | None) -> RaterPlan | None:
+    if content is None:
+        return None
+    return RaterPlan(**{**content, "raters": tuple(content["raters"])})
 
 
 def write_section(plans: dict[str, Any], section: PlansSection) -> None:
     """Put the section into ``plans``, in place."""
-    plans[SECTION] = {**asdict(section), "run_settings": section.run_settings.given()}
+    content = {**asdict(section), "run_settings": section.run_settings.given()}
+    if section.multirater is None:
+        del content["multirater"]
+    plans[SECTION] = content

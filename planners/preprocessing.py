@@ -24,8 +24,24 @@ from nnmosaic.planners.worker_pool import call, run_cases
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 """Files of one preprocessed case."""
 
+RATER_SUFFIXES = (".b2nd", ".npz")
+"""Files of one case with what the raters drew, in a folder of their own."""
+
 FULL_REFERENCES_FOLDER = "gt_full_segmentations"
 """Complete label maps beside ``gt_segmentations``, as the raw dataset's ``labelsTr_full``."""
+
+RATER_REFERENCES_FOLDER = "gt_segmentations_raters"
+"""Label maps of raters beside ``gt_segmentations``: RATER/CASE."""
+
+
+def rater_folder(folder: str | Path) -> Path:
+    """Return where the label maps of raters lie, for a folder of preprocessed data."""
+    return Path(f"{folder}_raters")
+
+
+def _folders(folder: Path, dataset: DatasetJson) -> dict[Path, tuple[str, ...]]:
+    """Return folder -> suffixes of the files that each case has in it."""
+    return {folder: SUFFIXES, **({rater_folder(folder): RATER_SUFFIXES} if dataset.raters else {})}
 
 
 def case_file(scratch: str | Path, process: int) -> Path:
@@ -66,11 +82,12 @@ def preprocess_configuration(
     identifier = data_identifier(plans, configuration)
     folder = plans_file.parent / identifier
     ledger = Ledger(ledger_path(folder))
-    digest = configuration_digest(plans, configuration, dataset.content["labels"])
+    digest = configuration_digest(plans, configuration, dataset.content)
     finished = finished_cases(plans_file, plans, configuration, dataset, contents)
-    folder.mkdir(parents=True, exist_ok=True)
     # Half a case, or a case that left the dataset: the ledger does not vouch for it.
-    _remove_all_but(folder, {f"{name}{suffix}" for name in finished for suffix in SUFFIXES})
+    for place, suffixes in _folders(folder, dataset).items():
+        place.mkdir(parents=True, exist_ok=True)
+        _remove_all_but(place, {f"{name}{suffix}" for name in finished for suffix in suffixes})
     ledger.begin(digest, list(contents), finished)
     scratch = folder.with_name(f".{identifier}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -104,21 +121,21 @@ def finished_cases(
 ) -> dict[str, str]:
     """Return case -> digest of its files, for those that are preprocessed and unchanged."""
     folder = plans_file.parent / data_identifier(plans, configuration)
-    digest = configuration_digest(plans, configuration, dataset.content["labels"])
+    digest = configuration_digest(plans, configuration, dataset.content)
+    folders = _folders(folder, dataset)
     return {
         name: content
         for name, content in Ledger(ledger_path(folder)).finished(digest).items()
         if contents.get(name) == content
-        and all((folder / f"{name}{suffix}").is_file() for suffix in SUFFIXES)
+        and all((at / f"{name}{end}").is_file() for at, ends in folders.items() for end in ends)
     }
 
 
 def copy_references(labels: Mapping[str, Path], folder: Path, file_ending: str) -> None:
     """Copy new or changed label files to ``folder``, for validation.
 
-    In `FULL_REFERENCES_FOLDER`, files of other cases are deleted: validation would go on scoring
-    them. In ``gt_segmentations`` they stay, because nnU-Net fails where an old prediction has no
-    reference.
+    In ``gt_segmentations``, files of other cases stay, because nnU-Net fails where an old
+    prediction has no reference. Elsewhere they are deleted: validation would go on scoring them.
 
     Parameters
     ----------
@@ -128,7 +145,7 @@ def copy_references(labels: Mapping[str, Path], folder: Path, file_ending: str) 
     files = {f"{case}{file_ending}": label for case, label in labels.items()}
     if files:
         folder.mkdir(parents=True, exist_ok=True)
-    if folder.name == FULL_REFERENCES_FOLDER and folder.is_dir():
+    if folder.name != "gt_segmentations" and folder.is_dir():
         _remove_all_but(folder, files)
     for name, label in files.items():
         target = folder / name

@@ -120,7 +120,7 @@ def workspace() -> Iterator[Path]:
     shutil.rmtree(WORKSPACE)
 
 
-COMPLETE, PARTIAL = "Dataset004_Balls", "Dataset007_Merged"
+COMPLETE, PARTIAL, RATERS = "Dataset004_Balls", "Dataset007_Merged", "Dataset008_Raters"
 
 
 @pytest.fixture(scope="session")
@@ -129,12 +129,43 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache") / "prepared"
 
 
+def _add_raters(raw: Path) -> None:
+    """Write the dataset of three raters from the cases of `COMPLETE`."""
+    scratch = raw.parent / "raters"
+    for path in sorted((raw / COMPLETE / "labelsTr").iterdir()):
+        image = SimpleITK.ReadImage(str(path))
+        for rater, change in (
+            ("small", SimpleITK.BinaryErode), ("exact", None), ("large", SimpleITK.BinaryDilate),
+        ):  # fmt: skip
+            if (rater, path.name) == ("large", "case01.nii.gz"):
+                continue
+            drawn = image if change is None else 0 * image
+            for value in (1, 2) if change is not None else ():
+                drawn = drawn + value * change(image == value, [1, 1, 1])
+            (scratch / rater).mkdir(parents=True, exist_ok=True)
+            SimpleITK.WriteImage(drawn, str(scratch / rater / path.name))
+    names = [f"{rater}={scratch / rater}" for rater in ("small", "exact", "large")]
+    command = [
+        "add_raters",
+        "-d",
+        "8",
+        "-n",
+        "Raters",
+        "--images",
+        str(raw / COMPLETE / "imagesTr"),
+    ]
+    arguments = ["--channels", "T1", "--labels", "bright", "dark", "--copy", "--raters", *names]
+    assert main([*command, *arguments]) == 0
+    shutil.rmtree(scratch)
+
+
 @pytest.fixture
 def prepared(workspace: Path, cache: Path, make_dataset: Callable[..., Path]) -> Path:
-    """Return a workspace with two datasets, planned for a CPU and preprocessed.
+    """Return a workspace with three datasets, planned for a CPU and preprocessed.
 
     4: both balls are labelled in all 5 cases. 7: merged from a source that labels bright balls
-    and one that labels dark balls, 5 cases each.
+    and one that labels dark balls, 5 cases each. 8: as 4, drawn by three raters, too small, exactly
+    and too large; the last one has not annotated case01.
     """
     if cache.is_dir():
         shutil.copytree(cache, workspace, symlinks=True, dirs_exist_ok=True)
@@ -144,7 +175,8 @@ def prepared(workspace: Path, cache: Path, make_dataset: Callable[..., Path]) ->
     make_dataset(raw / "Dataset005_Bright", cases=5, labels={"bright": 1}, first_seed=10)
     make_dataset(raw / "Dataset006_Dark", cases=5, labels={"dark": 2}, first_seed=20)
     assert main(["merge", "-d", "7", "-n", "Merged", "--sources", "5", "6"]) == 0
-    for identifier in ("4", "7"):
+    _add_raters(raw)
+    for identifier in ("4", "7", "8"):
         command = ["plan_and_preprocess", "-d", identifier, "-c", "3d_fullres", "--device", "cpu"]
         assert main(command) == 0
     shutil.copytree(workspace, cache, symlinks=True)
@@ -153,13 +185,18 @@ def prepared(workspace: Path, cache: Path, make_dataset: Callable[..., Path]) ->
 
 @pytest.fixture
 def plans_of() -> Callable[..., dict[str, Any]]:
-    """Return a function that reads the plans of a dataset, with or without nnMosaic's section."""
+    """Return a function that reads the plans of a dataset.
+
+    ``plain``: without nnMosaic's section, but for the raters, which a network is built from.
+    """
 
     def read(dataset: str, *, plain: bool = False) -> dict[str, Any]:
         path = WORKSPACE / "nnUNet_preprocessed" / dataset / "nnUNetPlans.json"
         plans: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if plain:
-            del plans["nnmosaic"]
+            section = plans.pop("nnmosaic")
+            if "multirater" in section:
+                plans["nnmosaic"] = {"multirater": section["multirater"]}
         return {**plans, "continue_training": False}
 
     return read

@@ -6,7 +6,7 @@ weights and losses equal nnU-Net's bit for bit.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
 from operator import add
 from pathlib import Path
@@ -55,11 +55,7 @@ class nnUNetTrainerMosaic(ResumableTrainer):
         Each pass is backpropagated before the next one starts: the gradient is that of the sum, and
         memory holds the activations of one pass.
         """
-        batch = {
-            **batch,
-            "data": batch["data"].to(self.device, non_blocking=True),
-            "target": self._to_device(batch["target"]),
-        }
+        batch = self.on_device(batch)
         self.optimizer.zero_grad(set_to_none=True)
         passes: list[Pass] = [partial(self._first_pass, batch), *self.further_passes(batch)]
         terms: dict[str, Tensor] = {}
@@ -67,8 +63,7 @@ class nnUNetTrainerMosaic(ResumableTrainer):
             # DDP averages the gradients that have come together, once.
             last = one_pass is passes[-1]
             with nullcontext() if last or not self.is_ddp else self.network.no_sync():
-                # nnU-Net uses autocast on CUDA only: it is slow or missing elsewhere.
-                with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+                with self.autocast():
                     found = one_pass()
                     loss = sum_of(found)
                 self._backpropagate(loss)
@@ -147,6 +142,18 @@ class nnUNetTrainerMosaic(ResumableTrainer):
             val_outputs = [{**output, "fn_hard": output["fn_hard"] + 1} for output in val_outputs]
         with np.errstate(invalid="ignore"):
             super().on_validation_epoch_end(val_outputs)
+
+    def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch with "data" and "target" on the device."""
+        return {
+            **batch,
+            "data": batch["data"].to(self.device, non_blocking=True),
+            "target": self._to_device(batch["target"]),
+        }
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return nnU-Net's autocast: on CUDA only, it is slow or missing elsewhere."""
+        return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
 
     def _to_device(self, target: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         if isinstance(target, list):

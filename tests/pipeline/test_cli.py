@@ -17,7 +17,7 @@ from nnmosaic.pipeline.cli import main
 
 COMMANDS = (
     "merge", "hide_labels", "sparsify", "doctor", "plan", "plan_and_preprocess", "train", "predict",
-    "ensemble", "evaluate", "find_best", "run", "trainer_path",
+    "ensemble", "evaluate", "evaluate_raters", "find_best", "run", "trainer_path",
 )  # fmt: skip
 Make = Callable[..., Path]
 
@@ -67,7 +67,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0
-    needs_no_folders = command in ("ensemble", "evaluate", "trainer_path")
+    needs_no_folders = command in ("ensemble", "evaluate", "evaluate_raters", "trainer_path")
     assert ("--workspace" in capsys.readouterr().out) is not needs_no_folders
 
 
@@ -118,6 +118,7 @@ def test_unexpected_errors_are_one_line_or_a_traceback_on_request(
         (["predict", "-i", ".", "-o", "o", "-m", "nowhere"], "nowhere is no trained model"),
         (["ensemble", "-i", "nowhere", "-o", "o"], "dataset.json does not exist"),
         (["evaluate", "a", "b", "-djfile", "c.json"], "c.json does not exist"),
+        (["evaluate_raters", "a", "b", "-djfile", "c.json"], "c.json does not exist"),
     ],
 )
 def test_bad_arguments_change_nothing(

@@ -58,8 +58,8 @@ def test_a_plans_file_edited_by_hand_is_kept(
     assert main([*command, "--keep_plans"]) == 0
     assert plans_in(prepared) == plans
     ledger = Ledger(ledger_path(prepared / FOLDER / "nnUNetPlans_3d_fullres"))
-    labels = json.loads((prepared / FOLDER / "dataset.json").read_text())["labels"]
-    assert len(ledger.finished(configuration_digest(plans, "3d_fullres", labels))) == 5
+    declared = json.loads((prepared / FOLDER / "dataset.json").read_text())
+    assert len(ledger.finished(configuration_digest(plans, "3d_fullres", declared))) == 5
     assert main([*command, "--keep_plans", "-overwrite_plans_name", "Other"]) == 2
     shutil.copyfile(path, path.with_name("Copy.json"))  # but it calls itself nnUNetPlans
     assert main([*command, "--keep_plans", "-overwrite_plans_name", "Copy"]) == 2
@@ -146,8 +146,8 @@ def test_a_smaller_patch_preprocesses_what_depends_on_it(
     assert main([*command, "--minutes", "2", "--folds", "1"]) == 0
     plans = plans_in(workspace)
     ledger = Ledger(ledger_path(workspace / FOLDER / "nnUNetPlans_3d_lowres"))
-    labels = json.loads((workspace / FOLDER / "dataset.json").read_text())["labels"]
-    assert list(ledger.finished(configuration_digest(plans, "3d_lowres", labels))) == ["case00"]
+    declared = json.loads((workspace / FOLDER / "dataset.json").read_text())
+    assert list(ledger.finished(configuration_digest(plans, "3d_lowres", declared))) == ["case00"]
     assert main([*command, "--minutes", "2", "--folds", "1"]) == 0
     assert plans_in(workspace) == plans
 

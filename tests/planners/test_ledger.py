@@ -56,9 +56,9 @@ PLANS = {
 
 
 def test_the_digest_follows_the_arrays_and_nothing_else(tmp_path: Path) -> None:
-    digest = configuration_digest(PLANS, "3d_fullres", {"a": 1})
-    assert configuration_digest(PLANS, "3d_cascade_fullres", {"a": 1}) == digest
-    assert configuration_digest(PLANS, "other", {"a": 1}) != digest
+    digest = configuration_digest(PLANS, "3d_fullres", {"labels": {"a": 1}})
+    assert configuration_digest(PLANS, "3d_cascade_fullres", {"labels": {"a": 1}}) == digest
+    assert configuration_digest(PLANS, "other", {"labels": {"a": 1}}) != digest
     for scheme, depends in (("CTNormalization", True), ("ZScoreNormalization", False)):
         schemes = {"normalization_schemes": [scheme]}
         configurations = {"x": {**PLANS["configurations"]["3d_fullres"], **schemes}}
@@ -66,12 +66,12 @@ def test_the_digest_follows_the_arrays_and_nothing_else(tmp_path: Path) -> None:
             {**PLANS, "configurations": configurations, INTENSITIES: {"0": {"mean": mean}}}
             for mean in (1.0, 2.0)
         )
-        digests = {configuration_digest(plans, "x", {"a": 1}) for plans in (one, other)}
+        digests = {configuration_digest(plans, "x", {"labels": {"a": 1}}) for plans in (one, other)}
         assert len(digests) == 1 + depends
-    assert configuration_digest(PLANS, "3d_fullres", {"a": 2}) != digest
+    assert configuration_digest(PLANS, "3d_fullres", {"labels": {"a": 2}}) != digest
     larger = {**PLANS["configurations"]["3d_fullres"], "batch_size": 4}
     changed = {**PLANS, "configurations": {"3d_fullres": larger}}
-    assert configuration_digest(changed, "3d_fullres", {"a": 1}) == digest
+    assert configuration_digest(changed, "3d_fullres", {"labels": {"a": 1}}) == digest
     ledger = Ledger(tmp_path / "ledger.jsonl")
     assert ledger.fits(digest)  # made by nnU-Net itself: nothing is known
     ledger.begin(digest, ["x"], {})

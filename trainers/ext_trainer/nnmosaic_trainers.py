@@ -2,12 +2,18 @@
 
 from nnmosaic.trainers.base import nnUNetTrainerMosaic
 from nnmosaic.trainers.context_reconstruction.trainer import nnUNetTrainerContextReconstruction
+from nnmosaic.trainers.multi_rater.trainer import (
+    nnUNetTrainerMultiRaterDiversified,
+    nnUNetTrainerMultiRaterPersonalized,
+)
 from nnmosaic.trainers.self_disambiguation.trainer import nnUNetTrainerSelfDisambiguation
 from nnmosaic.trainers.self_disambiguation_context import nnUNetTrainerSelfDisambiguationContext
 
 __all__ = [
     "nnUNetTrainerContextReconstruction",
     "nnUNetTrainerMosaic",
+    "nnUNetTrainerMultiRaterDiversified",
+    "nnUNetTrainerMultiRaterPersonalized",
     "nnUNetTrainerSelfDisambiguation",
     "nnUNetTrainerSelfDisambiguationContext",
 ]

@@ -126,7 +126,10 @@ def _mean_distance(first: Tensor, second: Tensor) -> Tensor:
 
 
 def draw_raters(
-    available: Tensor, generator: torch.Generator, *, weights: Tensor | None = None
+    available: Tensor,
+    *,
+    weights: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Return a rater for each sample, int (B,), who annotated it.
 

@@ -10,12 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-WIDTHS = (16, 32, 64, 128, 256)
-"""Channels of the encoders of the latent, level by level."""
-HIDDEN = 16
-"""Channels inside a combiner."""
-HEAD_WIDTHS = (32, 16)
-"""Channels of the first parts of a rater's head; the last part has those of the latent."""
+LEVELS = 5
+"""Of the encoders of the latent; each has twice the channels of the one before."""
 LOG_SIGMA_RANGE = (-7.0, 5.0)
 
 
@@ -57,6 +53,8 @@ class LatentEncoder(nn.Module):
         ``nn.Conv2d`` or ``nn.Conv3d``.
     channels, latent : int
         Of the input, and of the code.
+    width : int
+        Channels of the first level.
     strides : sequence of sequence of int
         Of the plan's stages: it pools by the first four, so that thick slices are not pooled early.
     """
@@ -66,14 +64,16 @@ class LatentEncoder(nn.Module):
         conv_op: type[nn.Module],
         channels: int,
         latent: int,
+        width: int,
         strides: Sequence[Sequence[int]],
     ) -> None:
         super().__init__()
         pool = nn.AvgPool2d if conv_op is nn.Conv2d else nn.AvgPool3d
         layers: list[nn.Module] = []
         before = channels
-        for level, width in enumerate(WIDTHS[: len(strides)]):
+        for level in range(min(LEVELS, len(strides))):
             if level:
+                width *= 2
                 size = tuple(strides[level])
                 layers.append(pool(size, size, ceil_mode=True))
             for _ in range(3):
@@ -98,19 +98,28 @@ class Combiner(nn.Module):
 
     The first layer of the concatenation, W [h; z], is W_h h + W_z z: for a further code only the
     second part is new.
+
+    Parameters
+    ----------
+    conv_op : type
+        ``nn.Conv2d`` or ``nn.Conv3d``.
+    features, latent, width, classes : int
+        Channels of the features, of the code, inside, and of the logits.
     """
 
-    def __init__(self, conv_op: type[nn.Module], features: int, latent: int, classes: int) -> None:
+    def __init__(
+        self, conv_op: type[nn.Module], features: int, latent: int, width: int, classes: int
+    ) -> None:
         super().__init__()
-        self.of_features = conv_op(features, HIDDEN, 1)
-        self.of_code = nn.Linear(latent, HIDDEN, bias=False)
+        self.of_features = conv_op(features, width, 1)
+        self.of_code = nn.Linear(latent, width, bias=False)
         self.rest = nn.Sequential(
             nn.ReLU(),
-            conv_op(HIDDEN, HIDDEN, 1),
+            conv_op(width, width, 1),
             nn.ReLU(inplace=True),
-            conv_op(HIDDEN, HIDDEN, 1),
+            conv_op(width, width, 1),
             nn.ReLU(inplace=True),
-            conv_op(HIDDEN, classes, 1),
+            conv_op(width, classes, 1),
         )
         for module in self.modules():
             if isinstance(module, nn.Linear | conv_op):
@@ -144,7 +153,7 @@ class RaterHead(nn.Module):
         dropout = nn.Dropout2d if conv_op is nn.Conv2d else nn.Dropout3d
         layers: list[nn.Module] = []
         before = features
-        for part, width in enumerate((*HEAD_WIDTHS, latent)):
+        for part, width in enumerate((features, -(-features // 2), latent)):
             if part and part < len(strides):
                 size = tuple(strides[part])
                 layers.append(pool(size, size, ceil_mode=True))
@@ -184,6 +193,9 @@ def attend(queries: Tensor, bank: Tensor) -> Tensor:
 class MultiRaterNet(nn.Module):
     """A U-Net, encoders of the latent, and a head for each rater.
 
+    The new parts grow with the U-Net; nnU-Net's 32 features of the first stage give the widths of
+    the released code (2.1, 3.1).
+
     Parameters
     ----------
     unet : nn.Module
@@ -197,21 +209,33 @@ class MultiRaterNet(nn.Module):
         self.encoder, self.decoder = unet.encoder, unet.decoder
         self.classes, self.latent = classes, latent
         conv_op, strides = self.encoder.conv_op, self.encoder.strides
-        widths = [layer.in_channels for layer in self.decoder.seg_layers]
+        features = [layer.in_channels for layer in self.decoder.seg_layers]
+        width = -(-features[-1] // 2)
         self.decoder.seg_layers = nn.ModuleList(
-            Combiner(conv_op, width, latent, classes) for width in widths
+            Combiner(conv_op, number, latent, width, classes) for number in features
         )
-        self.prior = LatentEncoder(conv_op, channels, latent, strides)
+        self.prior = LatentEncoder(conv_op, channels, latent, width, strides)
         seen = channels + raters * classes  # masks of the foreground classes, and who is there
-        self.posterior = LatentEncoder(conv_op, seen, latent, strides)
+        self.posterior = LatentEncoder(conv_op, seen, latent, width, strides)
         self.heads = nn.ModuleList(
-            RaterHead(conv_op, widths[-1], latent, strides) for _ in range(raters)
+            RaterHead(conv_op, features[-1], latent, strides) for _ in range(raters)
         )
-        self._code: Tensor | None = None
+        self._codes: Tensor | None = None
 
-    def set_latent(self, code: Tensor | None) -> None:
-        """Let `forward` use this code, shape (latent,) or (B, latent); None: the prior's mean."""
-        self._code = code
+    def train(self, mode: bool = True) -> "MultiRaterNet":
+        """Change the mode of all parts but the frozen ones, which stay as at inference."""
+        super().train(mode)
+        for part in self.children():
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
+
+    def set_latent(self, codes: Tensor | None) -> None:
+        """Let `forward` answer for these codes, (N, latent), one after another in the channels.
+
+        None: for the prior's mean.
+        """
+        self._codes = codes
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Return the features of the decoder, full resolution first; all with deep supervision."""
@@ -253,15 +277,21 @@ class MultiRaterNet(nn.Module):
         Returns
         -------
         Tensor or list of Tensor
-            As nnU-Net's networks: with the code of `set_latent`, or the prior's mean.
+            As nnU-Net's networks: with the prior's mean. After `set_latent` (B, N * C, *spatial).
         Diversified
             With ``annotated``.
         Tensor, shape (R, B, C, *spatial)
             With ``bank``: logits of each rater.
         """
-        features = self.features(x)
         if bank is not None:
-            return self.personalised(features[0], self.prior(x).sample(bank))
+            with torch.no_grad():
+                features, codes = self.features(x), self.prior(x).sample(bank)
+            own = attend(self.queries(features[0]), codes)
+            return self.decoder.seg_layers[-1](features[0], own)
+        features = self.features(x)
+        if self._codes is not None:
+            codes = self._codes[:, None].expand(-1, len(x), -1)
+            return self.decoder.seg_layers[-1](features[0], codes).transpose(0, 1).flatten(1, 2)
         if annotated is not None and noise is not None:
             prior, posterior = self.prior(x), self.posterior(annotated)
             return Diversified(
@@ -270,15 +300,8 @@ class MultiRaterNet(nn.Module):
                 posterior,
                 prior,
             )
-        code = self.prior(x).mean if self._code is None else self._code
-        return self.logits(features, code.expand(len(x), self.latent))
+        return self.logits(features, self.prior(x).mean)
 
     def queries(self, features: Tensor) -> Tensor:
         """Return the query of each rater, shape (R, B, latent), from full-resolution features."""
         return torch.stack([head(features) for head in self.heads])
-
-    def personalised(self, features: Tensor, codes: Tensor) -> Tensor:
-        """Return logits of each rater, (R, B, C, *spatial), from a bank of codes (N, B, latent)."""
-        own = attend(self.queries(features), codes)
-        logits: Tensor = self.decoder.seg_layers[-1](features, own)
-        return logits

@@ -183,12 +183,12 @@ def test_raters_are_drawn_from_those_who_are_there(
     available: Tensor, generator: torch.Generator
 ) -> None:
     rows = available.repeat(4000, 1)
-    drawn = draw_raters(rows, generator).view(4000, 3)
+    drawn = draw_raters(rows, generator=generator).view(4000, 3)
     assert rows[torch.arange(len(rows)), drawn.flatten()].all()
     counts = torch.bincount(drawn[:, 0], minlength=4)
     assert (counts - 1000).abs().max() < 120
     weights = torch.tensor([1.0, 1, 1, 3])
-    again = draw_raters(rows, generator, weights=weights).view(4000, 3)
+    again = draw_raters(rows, generator=generator, weights=weights).view(4000, 3)
     assert (again[:, 1] == 3).float().mean().item() == pytest.approx(0.75, abs=0.03)
 
 

@@ -80,12 +80,14 @@ def test_the_features_are_those_of_the_stock_decoder(
 
 
 def test_one_code_one_answer(network: MultiRaterNet, image: Tensor) -> None:
-    code, other = torch.randn(2, LATENT)
+    code, other = torch.randn(2, 1, LATENT)
     with torch.no_grad():
         network.set_latent(code)
-        first, again = network(image)[0], network(image)[0]
+        first, again = network(image), network(image)
         network.set_latent(other)
-        different = network(image)[0]
+        different = network(image)
+        network.set_latent(torch.cat([other, code]))
+        torch.testing.assert_close(network(image), torch.cat([different, first], 1))
         network.set_latent(None)
         assert torch.equal(network(image)[0], network.logits(
             network.features(image), network.prior(image).mean
@@ -96,15 +98,15 @@ def test_one_code_one_answer(network: MultiRaterNet, image: Tensor) -> None:
         nn.init.zeros_(layer.of_code.weight)
     with torch.no_grad():
         network.set_latent(code)
-        deaf = network(image)[0]
+        deaf = network(image)
         network.set_latent(other)
-        assert torch.equal(deaf, network(image)[0])
+        assert torch.equal(deaf, network(image))
 
 
 @pytest.mark.parametrize("conv_op", [nn.Conv2d, nn.Conv3d])
 def test_the_split_layer_is_the_concatenation(conv_op: type[nn.Module]) -> None:
     size = SIZES[2 if conv_op is nn.Conv2d else 3]
-    combiner = Combiner(conv_op, 5, LATENT, CLASSES)
+    combiner = Combiner(conv_op, 5, LATENT, 16, CLASSES)
     features, codes = torch.randn(2, 5, *size), torch.randn(3, 2, LATENT)
     tiled = codes.view(*codes.shape, *[1] * len(size)).expand(*codes.shape, *size)
     joined = conv_op(5 + LATENT, 16, 1)
@@ -131,10 +133,11 @@ def test_first_stage(network: MultiRaterNet, image: Tensor) -> None:
     assert isinstance(found, Diversified)
     assert found.samples.shape == (5, 2, CLASSES, *image.shape[2:])
     assert found.logits[0].shape == (2, CLASSES, *image.shape[2:])
-    code = found.prior.mean + found.prior.log_sigma.exp() * noise[3]
-    network.set_latent(code)
+    codes = found.prior.mean + found.prior.log_sigma.exp() * noise[3]
+    network.set_latent(codes)
     with torch.no_grad():
-        torch.testing.assert_close(network(image)[0], found.samples[2], rtol=1e-5, atol=1e-5)
+        for b, answers in enumerate(network(image).unflatten(1, (2, CLASSES))):
+            torch.testing.assert_close(answers[b], found.samples[2, b], rtol=1e-5, atol=1e-5)
     sum(level.sum() for level in [*found.logits, found.samples]).backward()
     grads = {name.split(".")[0] for name, p in network.named_parameters() if p.grad is not None}
     assert grads == {"encoder", "decoder", "prior", "posterior"}

@@ -1,0 +1,189 @@
+"""The two stages for many raters (spec 7.5 and 7.8, invariants 3, 10, 11)."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.trainers.multi_rater.trainer import (
+    nnUNetTrainerMultiRaterDiversified,
+    nnUNetTrainerMultiRaterPersonalized,
+    stage1_checkpoint,
+)
+
+DATASET = "Dataset008_Raters"
+
+
+@pytest.fixture
+def first(make_trainer: Callable[..., Any]) -> Any:
+    """Return a first stage before its first step."""
+    trainer = make_trainer(nnUNetTrainerMultiRaterDiversified, DATASET, seed=1)
+    trainer.on_train_start()
+    return trainer
+
+
+@pytest.fixture
+def second(make_trainer: Callable[..., Any], first: Any) -> Any:
+    """Return a second stage on the saved, untrained first one."""
+    first.save_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
+    trainer = make_trainer(nnUNetTrainerMultiRaterPersonalized, DATASET, seed=1)
+    trainer.on_train_start()
+    return trainer
+
+
+def absent_filled(batch: dict[str, Any], available: torch.Tensor, value: int) -> dict[str, Any]:
+    """Return the batch with a value wherever a rater is absent."""
+    target = batch["target"]
+    levels = [level.clone() for level in target] if isinstance(target, list) else [target.clone()]
+    for level in levels:
+        for b, r in (~available).nonzero().tolist():
+            level[b, 1 + r] = value
+    return {**batch, "target": levels if isinstance(target, list) else levels[0]}
+
+
+def gradients(trainer: Any, batch: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    trainer.network.zero_grad(set_to_none=True)
+    sum(trainer._first_pass(batch).values()).backward()
+    return {n: p.grad for n, p in trainer.network.named_parameters() if p.grad is not None}
+
+
+def batch_with_an_absent_rater(trainer: Any) -> tuple[dict[str, Any], torch.Tensor]:
+    for _ in range(50):
+        batch = trainer.on_device(next(trainer.dataloader_train))
+        available = trainer._annotations(batch)[1]
+        if not available.all():
+            return batch, available
+    raise AssertionError("case01 is never drawn")
+
+
+def test_a_step_of_the_first_stage_has_all_terms(first: Any) -> None:
+    batch = next(first.dataloader_train)
+    assert batch["target"][0].shape[1] == 4
+    terms = first.train_step(batch)
+    assert set(terms) == {"loss", "segmentation", "kl", "bound"}
+    assert terms["loss"] == pytest.approx(terms["segmentation"] + terms["kl"] + terms["bound"])
+    assert not any(p.requires_grad for p in first.network.heads.parameters())
+    first.energy_weight, first.bound_weight = 0.5, 0.0
+    assert set(first.train_step(batch)) == {"loss", "segmentation", "kl", "energy"}
+    first.energy_weight = 0.0
+    first.posterior = "sampled"
+    assert set(first.train_step(batch)) == {"loss", "segmentation", "kl"}
+
+
+def test_what_stands_where_a_rater_is_absent_changes_nothing(first: Any, second: Any) -> None:
+    for trainer in (first, second):
+        batch, available = batch_with_an_absent_rater(trainer)
+        one, other = (
+            gradients(trainer, absent_filled(batch, available, v), 5) for v in (-2, 1)
+        )  # fmt: skip
+        assert one.keys() == other.keys()
+        assert one
+        for name, gradient in one.items():
+            assert torch.equal(gradient, other[name])
+
+
+def test_a_case_trains_only_the_heads_of_its_raters(second: Any) -> None:
+    batch = second.on_device(next(second.dataloader_train))
+    alone = torch.zeros(3, dtype=torch.bool)
+    alone[1] = True
+    second._available = dict.fromkeys(second._available, alone)
+    found = gradients(second, batch, 0)
+    assert found
+    assert all(name.startswith("heads.1.") for name in found)
+
+
+def test_the_second_stage_leaves_the_first_as_it_was(first: Any, second: Any) -> None:
+    before = {name: value.clone() for name, value in first.network.state_dict().items()}
+    for name, value in second.network.state_dict().items():
+        assert torch.equal(value, before[name])
+    for _ in range(2):
+        second.on_train_epoch_start()  # as nnU-Net does: all to training mode
+        second.train_step(next(second.dataloader_train))
+    assert not second.network.encoder.training
+    changed = {
+        name for name, value in second.network.state_dict().items()
+        if not torch.equal(value, before[name])
+    }  # fmt: skip
+    assert changed
+    assert all(name.startswith("heads.") for name in changed)
+
+
+def test_validation_counts_every_pair_once(first: Any, second: Any) -> None:
+    for trainer in (first, second):
+        batch = next(trainer.dataloader_val)
+        labels, available = trainer._annotations(trainer.on_device(batch))
+        with torch.no_grad():
+            trainer.on_validation_epoch_start()
+            found = trainer.validation_step(batch)
+        drawn = [(labels[available] == k).sum().item() for k in (1, 2)]
+        assert (found["tp_hard"] + found["fn_hard"]).tolist() == drawn
+        assert np.isfinite(found["loss"])
+
+
+def test_the_second_stage_goes_on_without_the_first(
+    make_trainer: Callable[..., Any], second: Any
+) -> None:
+    path = Path(second.output_folder) / "checkpoint_latest.pth"
+    second.save_checkpoint(str(path))
+    first_stage = stage1_checkpoint(Path(second.output_folder))
+    first_stage.unlink()
+    again = make_trainer(nnUNetTrainerMultiRaterPersonalized, DATASET)
+    again.load_checkpoint(str(path))
+    again.on_train_start()
+    assert again.method_state()["stage1"]["file"] == str(first_stage)
+    assert len(again.method_state()["stage1"]["sha256"]) == 64
+
+
+def test_a_missing_first_stage_is_named(make_trainer: Callable[..., Any]) -> None:
+    trainer = make_trainer(nnUNetTrainerMultiRaterPersonalized, DATASET)
+    with pytest.raises(
+        InputError, match=r"Diversified.*fold_0.checkpoint_final.pth does not exist"
+    ):
+        trainer.on_train_start()
+    assert trainer.dataloader_train is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainer_name": "nnUNetTrainer"}, "was trained by nnUNetTrainer"),
+        ({"raters": ["small", "exact", "other"]}, "other raters"),
+        ({"labels": {"background": 0, "bright": 1}}, "other classes"),
+    ],
+)
+def test_another_first_stage_is_refused(
+    make_trainer: Callable[..., Any], first: Any, change: dict[str, Any], message: str
+) -> None:
+    path = Path(first.output_folder) / "checkpoint_final.pth"
+    first.save_checkpoint(str(path))
+    content = torch.load(path, weights_only=False)
+    for key, value in change.items():
+        if key == "raters":
+            content["init_args"]["plans"]["nnmosaic"]["multirater"]["raters"] = value
+        elif key == "labels":
+            content["init_args"]["dataset_json"]["labels"] = value
+        else:
+            content[key] = value
+    torch.save(content, path)
+    trainer = make_trainer(nnUNetTrainerMultiRaterPersonalized, DATASET)
+    with pytest.raises(InputError, match=message):
+        trainer.on_train_start()
+
+
+def test_datasets_without_raters_are_refused(
+    make_trainer: Callable[..., Any], prepared: Path
+) -> None:
+    with pytest.raises(InputError, match="name no raters"):
+        make_trainer(nnUNetTrainerMultiRaterDiversified)
+    path = prepared / "nnUNet_preprocessed" / DATASET / "dataset.json"
+    content = json.loads(path.read_text())
+    content["multirater"]["raters"] = ["small", "exact"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="declares the raters small, exact"):
+        make_trainer(nnUNetTrainerMultiRaterDiversified, DATASET)

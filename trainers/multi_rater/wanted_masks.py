@@ -1,0 +1,66 @@
+"""Which masks are predicted of a case that several raters may see differently. Imports no torch."""
+
+from dataclasses import dataclass, replace
+
+from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.planners.plans_section import RaterPlan
+from nnmosaic.trainers import FIRST_STAGE
+
+RATERS, SAMPLES, LATENTS = "raters", "samples", "latents"
+"""Folders of masks, as RATER/CASE and 000/CASE, and of the codes that they were made with."""
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class WantedMasks:
+    """What is predicted of a case.
+
+    Attributes
+    ----------
+    raters : tuple of str
+        Whose own masks; ("all",) for every rater.
+    samples : int
+        Plausible masks, shared out among the networks of an ensemble.
+    uncertainty : bool
+        Whether maps of the samples are written.
+    seed : int
+        Samples and raters' masks depend on it, on the name of the case, and not on the order.
+    """
+
+    raters: tuple[str, ...] = ()
+    samples: int = 0
+    uncertainty: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.uncertainty and self.samples < 2:
+            raise InputError("--uncertainty compares samples: add --samples 16, or at least 2.")
+        if not (self.raters or self.samples):
+            raise InputError("Nothing is asked for: give raters, or a number of samples.")
+
+    def of(self, plan: RaterPlan, trainer: str) -> "WantedMasks":
+        """Return the same for a model, with the names of the raters.
+
+        Raises
+        ------
+        InputError
+            If the model cannot predict them.
+        """
+        if trainer not in {*FIRST_STAGE, *FIRST_STAGE.values()}:
+            raise InputError(
+                f"{trainer} knows no raters: --raters, --samples and --uncertainty are for models "
+                f"of {' and '.join([*FIRST_STAGE.values(), *FIRST_STAGE])}."
+            )
+        if self.raters and trainer not in FIRST_STAGE:
+            raise InputError(
+                f"{trainer} has not learnt the masks of single raters: predict --samples, or train "
+                f"{' or '.join(FIRST_STAGE)}."
+            )
+        raters = plan.raters if self.raters == (ALL,) else self.raters
+        unknown = [name for name in raters if name not in plan.raters]
+        if unknown:
+            raise InputError(
+                f"--raters: the model does not know {', '.join(unknown)}. It knows "
+                f"{', '.join(plan.raters)}."
+            )
+        return replace(self, raters=raters)
