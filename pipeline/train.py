@@ -70,6 +70,8 @@ def train(
     """
     if resume and (only_validate or pretrained_weights):
         raise InputError("--c continues a training: it cannot be combined with --val or weights.")
+    if stage1 is not None and trainer not in FIRST_STAGE:
+        raise InputError(f"--stage1: {trainer} has no first stage. Leave it out.")
     dataset = workspace.dataset(identifier)
     preprocessed, raw = workspace.preprocessed / dataset, workspace.raw / dataset
     _check_preprocessed(preprocessed, raw, plans_name, configuration, identifier)
@@ -83,8 +85,6 @@ def train(
         finished=is_finished(folder, trainer, read_dataset_json(preprocessed)),
     )
     _refuse_weights_over(checkpoint, pretrained_weights)
-    if stage1 is not None and trainer not in FIRST_STAGE:
-        raise InputError(f"--stage1: {trainer} has no first stage. Leave it out.")
     folder.mkdir(parents=True, exist_ok=True)
     arguments = (
         preprocessed, configuration, fold, trainer, plans_name, settings, checkpoint,

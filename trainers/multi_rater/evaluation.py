@@ -96,8 +96,9 @@ def evaluate_raters(references: Path, predictions: Path, dataset: DatasetJson) -
 
         "between_raters": "FIRST/SECOND" -> mean "Dice" of the two, the ceiling, and "n_cases".
 
-        "metric_per_case" has the same per case, "n_cases" and "not_predicted" (list of str) say
-        which annotated cases are in it.
+        "metric_per_case" has the same per case, and the "Dice_matrix" of personalised masks (rows)
+        and annotations; "n_cases" is its length, "not_predicted" lists the annotated cases that it
+        lacks.
 
     Raises
     ------
@@ -316,7 +317,7 @@ def _read_label_maps(files: _Files, dataset: DatasetJson, pool: Executor) -> np.
 
     def read(index: int) -> None:
         case = replace(first, label=paths[index])
-        label = read_label(case, reader, image=image, properties=properties, legal=None)
+        label = read_label(case, reader, image=image, properties=properties, legal=legal)
         labels[index] = label[0]
 
     list(pool.map(read, range(len(paths))))

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+NARROWEST = 8
+"""Channels of the new parts at least: a combiner of fewer may begin with no unit alive."""
 LEVELS = 5
 """Of the encoders of the latent; each has twice the channels of the one before."""
 LOG_SIGMA_RANGE = (-7.0, 5.0)
@@ -130,12 +132,16 @@ class Combiner(nn.Module):
     def forward(self, features: Tensor, codes: Tensor) -> Tensor:
         """Return logits (B, C, *spatial) of codes (B, latent), or (M, B, C, *spatial) of many."""
         shared = self.of_features(features)
-        shift = self.of_code(codes)
-        shift = shift.view(*shift.shape, *[1] * (features.dim() - 2))
         if codes.dim() == 2:
-            logits: Tensor = self.rest(shared + shift)
-            return logits
-        return torch.stack([self.rest(shared + one) for one in shift])
+            return self._with_code(shared, codes)
+        # One by one, so that a mask does not depend on how many there are: a product of more rows
+        # is rounded otherwise.
+        return torch.stack([self._with_code(shared, one) for one in codes])
+
+    def _with_code(self, shared: Tensor, codes: Tensor) -> Tensor:
+        shift = self.of_code(codes)
+        logits: Tensor = self.rest(shared + shift.view(*shift.shape, *[1] * (shared.dim() - 2)))
+        return logits
 
 
 class RaterHead(nn.Module):
@@ -153,7 +159,7 @@ class RaterHead(nn.Module):
         dropout = nn.Dropout2d if conv_op is nn.Conv2d else nn.Dropout3d
         layers: list[nn.Module] = []
         before = features
-        for part, width in enumerate((features, -(-features // 2), latent)):
+        for part, width in enumerate((features, max(NARROWEST, features // 2), latent)):
             if part and part < len(strides):
                 size = tuple(strides[part])
                 layers.append(pool(size, size, ceil_mode=True))
@@ -210,7 +216,7 @@ class MultiRaterNet(nn.Module):
         self.classes, self.latent = classes, latent
         conv_op, strides = self.encoder.conv_op, self.encoder.strides
         features = [layer.in_channels for layer in self.decoder.seg_layers]
-        width = -(-features[-1] // 2)
+        width = max(NARROWEST, features[-1] // 2)
         self.decoder.seg_layers = nn.ModuleList(
             Combiner(conv_op, number, latent, width, classes) for number in features
         )
@@ -261,6 +267,7 @@ class MultiRaterNet(nn.Module):
         annotated: Tensor | None = None,
         noise: Tensor | None = None,
         bank: Tensor | None = None,
+        raters: Sequence[int] | None = None,
     ) -> Any:
         """Return logits for one code; or what a stage learns from.
 
@@ -273,6 +280,8 @@ class MultiRaterNet(nn.Module):
             Standard normal: first for the posterior, the rest for samples from the prior.
         bank : Tensor, optional, shape (N, B, latent)
             Standard normal, for the bank of codes from the prior: the second stage.
+        raters : sequence of int, optional
+            Whose masks the second stage needs; default: all.
 
         Returns
         -------
@@ -286,7 +295,7 @@ class MultiRaterNet(nn.Module):
         if bank is not None:
             with torch.no_grad():
                 features, codes = self.features(x), self.prior(x).sample(bank)
-            own = attend(self.queries(features[0]), codes)
+            own = attend(self.queries(features[0], raters), codes)
             return self.decoder.seg_layers[-1](features[0], own)
         features = self.features(x)
         if self._codes is not None:
@@ -302,6 +311,7 @@ class MultiRaterNet(nn.Module):
             )
         return self.logits(features, self.prior(x).mean)
 
-    def queries(self, features: Tensor) -> Tensor:
+    def queries(self, features: Tensor, raters: Sequence[int] | None = None) -> Tensor:
         """Return the query of each rater, shape (R, B, latent), from full-resolution features."""
-        return torch.stack([head(features) for head in self.heads])
+        chosen = self.heads if raters is None else [self.heads[r] for r in raters]
+        return torch.stack([head(features) for head in chosen])

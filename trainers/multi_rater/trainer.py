@@ -201,9 +201,18 @@ class nnUNetTrainerMultiRaterDiversified(MultiRaterTrainer):
     """Which rater is learnt: any who annotated the case, or more often those with few cases."""
 
     @staticmethod
-    def build_network_architecture(*arguments: Any, **options: Any) -> nn.Module:
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
         """Return the network; the heads of the raters wait for the second stage."""
-        network = MultiRaterTrainer.build_network_architecture(*arguments, **options)
+        network = MultiRaterTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels,
+            enable_deep_supervision,
+        )  # fmt: skip
         network.heads.requires_grad_(False)
         return network
 
@@ -287,9 +296,18 @@ class nnUNetTrainerMultiRaterPersonalized(MultiRaterTrainer):
         self._stage1: dict[str, str] = {}
 
     @staticmethod
-    def build_network_architecture(*arguments: Any, **options: Any) -> nn.Module:
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
         """Return the network, of which only the heads of the raters learn."""
-        network = MultiRaterTrainer.build_network_architecture(*arguments, **options)
+        network = MultiRaterTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels,
+            enable_deep_supervision,
+        )  # fmt: skip
         network.requires_grad_(False)
         network.heads.requires_grad_(True)
         return network
@@ -323,23 +341,29 @@ class nnUNetTrainerMultiRaterPersonalized(MultiRaterTrainer):
         """Return the own mask of every rater."""
         return WantedMasks(raters=self.rater_plan.raters)
 
-    def _terms(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    def _terms(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
         labels, available = self._annotations(batch)
         size = self.rater_plan.bank, len(labels), self.rater_plan.latent
-        logits: Tensor = self.network(batch["data"], bank=torch.randn(size, device=self.device))
-        losses = []
-        for r, there in enumerate(available.T):
+        # A head that no sample needs gets no gradient; but each process of DDP must use all.
+        raters = [r for r, there in enumerate(available.T) if there.any() or self.is_ddp]
+        logits: Tensor = self.network(
+            batch["data"], bank=torch.randn(size, device=self.device), raters=raters
+        )
+        total = 0 * logits.sum() if self.is_ddp else logits.new_zeros(())
+        for own, r in zip(logits, raters, strict=True):
+            there = available[:, r]
             if there.any():
-                own = self.segmentation_loss(logits[r, there], labels[there, r : r + 1], batch)
-                losses.append(own * there.sum())
-            elif self.is_ddp:
-                losses.append(0 * logits[r].sum())  # every process must use every head
-        return {"segmentation": sum(losses) / available.sum()}, logits
+                loss = self.segmentation_loss(own[there], labels[there, r : r + 1], batch)
+                total = total + there.sum() * loss
+        return {"segmentation": total / available.sum()}, dict(zip(raters, logits, strict=True))
 
-    def _pairs(self, answer: Tensor, labels: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
+    def _pairs(
+        self, answer: dict[int, Tensor], labels: Tensor, available: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return each rater's own mask and annotation."""
-        there = available.T
-        return answer.argmax(2)[there].flatten(1), labels.transpose(0, 1)[there].flatten(1)
+        found = [own.argmax(1)[available[:, r]] for r, own in answer.items()]
+        drawn = [labels[available[:, r], r] for r in answer]
+        return torch.cat(found).flatten(1), torch.cat(drawn).flatten(1)
 
 
 def stage1_checkpoint(fold_folder: Path) -> Path:

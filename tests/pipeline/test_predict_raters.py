@@ -1,0 +1,165 @@
+"""From training both stages to masks, samples and maps, as a user would."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+
+from nnmosaic.pipeline.cli import main
+
+pytestmark = pytest.mark.slow
+FIRST, SECOND = "nnUNetTrainerMultiRaterDiversified", "nnUNetTrainerMultiRaterPersonalized"
+PREDICT = ["predict", "-d", "8", "-c", "3d_fullres", "-f", "0"]
+MAPS = ("entropy", "mutual_information", "variance")
+
+
+def train(trainer: str, steps: str, *more: str) -> int:
+    length = ["--epochs", "1", "--iterations_per_epoch", steps, "--val_iterations_per_epoch", "1"]
+    return main(["train", "8", "3d_fullres", "0", "-tr", trainer, "--seed", "0", *length, *more])
+
+
+@pytest.fixture(scope="session")
+def rater_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache") / "raters"
+
+
+@pytest.fixture
+def both_stages(prepared: Path, rater_cache: Path) -> Path:
+    """Return a workspace with both stages of fold 0, and two images to predict."""
+    if not rater_cache.is_dir():
+        assert train(FIRST, "40") == 0
+        assert train(SECOND, "10") == 0
+        for number in ("00", "03"):
+            source = prepared / "nnUNet_raw" / "Dataset008_Raters" / "imagesTr"
+            (prepared / "images").mkdir(exist_ok=True)
+            name = f"case{number}_0000.nii.gz"
+            shutil.copy(source / name, prepared / "images" / name)
+        for folder in ("images", "nnUNet_results"):
+            shutil.copytree(prepared / folder, rater_cache / folder)
+    shutil.copytree(rater_cache, prepared, dirs_exist_ok=True)
+    return prepared
+
+
+def predict(workspace: Path, output: str, *more: str, trainer: str = SECOND) -> int:
+    folders = ["-i", str(workspace / "images"), "-o", str(workspace / output)]
+    return main([*PREDICT, *folders, "-tr", trainer, *more])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "prediction.json"
+    }
+
+
+def array(path: Path) -> np.ndarray:
+    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+
+
+def test_everything_of_a_second_stage(both_stages: Path) -> None:
+    wanted = ["--raters", "all", "--samples", "4", "--uncertainty"]
+    assert predict(both_stages, "out", *wanted) == 0
+    output = both_stages / "out"
+    masks = [f"raters/{r}" for r in ("small", "exact", "large")]
+    masks += [f"samples/{i:03d}" for i in range(4)]
+    image = SimpleITK.ReadImage(str(both_stages / "images" / "case00_0000.nii.gz"))
+    for folder in (".", *masks, *MAPS):
+        found = SimpleITK.ReadImage(str(output / folder / "case00.nii.gz"))
+        assert found.GetSize() == image.GetSize()
+        for one, other in (
+            (found.GetSpacing(), image.GetSpacing()),
+            (found.GetOrigin(), image.GetOrigin()),
+            (found.GetDirection(), image.GetDirection()),
+        ):
+            assert one == pytest.approx(other)
+    entropy, disagreement, variance = (array(output / m / "case00.nii.gz") for m in MAPS)
+    assert entropy.dtype == np.float32
+    assert entropy.max() <= np.log(3) + 1e-4
+    assert (disagreement >= 0).all()
+    assert (disagreement <= entropy + 1e-5).all()
+    assert 0 < variance.max() <= 0.5
+    # The maps lie where the balls are: no axis is flipped or swapped.
+    label = array(both_stages / "nnUNet_raw/Dataset008_Raters/labelsTr/case00.nii.gz")
+    mean = array(output / "case00.nii.gz")
+    assert (mean > 0).sum() > 100
+    assert (label[mean > 0] > 0).mean() > 0.9
+    latents = json.loads((output / "latents" / "case00.json").read_text())
+    assert len(latents) == 1
+    assert np.array(latents[0]["samples"]).shape == (4, 6)
+    assert np.array(latents[0]["raters"]).shape == (3, 6)
+    assert not list(output.glob(".nnmosaic_partial*"))
+
+
+def test_the_same_seed_gives_the_same_files(
+    both_stages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [
+        "--raters",
+        "large",
+        "small",
+        "--samples",
+        "3",
+        "--uncertainty",
+        "--save_probabilities",
+    ]
+    assert predict(both_stages, "one", *wanted) == 0
+    # One code at a time, and the other image alone.
+    monkeypatch.setattr("nnmosaic.trainers.multi_rater.prediction.MOST_VALUES", 1)
+    (both_stages / "images" / "case00_0000.nii.gz").rename(both_stages / "away.nii.gz")
+    assert predict(both_stages, "two", *wanted) == 0
+    one, two = files(both_stages / "one"), files(both_stages / "two")
+    assert {name for name in one if "case00" not in name} == set(two)
+    for name, content in two.items():
+        assert content == one[name]
+    assert predict(both_stages, "three", *wanted, "--seed", "1") == 0
+    three = files(both_stages / "three")
+    assert three["samples/000/case03.nii.gz"] != one["samples/000/case03.nii.gz"]
+    with np.load(both_stages / "two" / "case03.npz") as found:
+        mean = found["probabilities"]
+    np.testing.assert_allclose(mean.sum(0), 1, atol=1e-5)
+    assert np.array_equal(mean.argmax(0), array(both_stages / "two" / "case03.nii.gz"))
+
+
+def test_a_first_stage_gives_samples_and_no_raters(
+    both_stages: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(both_stages, "out", "--samples", "2", trainer=FIRST) == 0
+    assert (both_stages / "out" / "samples" / "001" / "case03.nii.gz").is_file()
+    assert not (both_stages / "out" / "raters").exists()
+    assert predict(both_stages, "none", "--raters", "all", trainer=FIRST) == 2
+    assert "has not learnt the masks of single raters" in capsys.readouterr().err
+    assert predict(both_stages, "none", "--raters", "anna") == 2
+    assert "does not know anna. It knows small, exact, large" in capsys.readouterr().err
+    assert predict(both_stages, "none", "--raters", "all", "--uncertainty") == 2
+    assert "add --samples 16" in capsys.readouterr().err
+    assert not (both_stages / "none").exists()
+
+
+def test_the_validation_scores_what_a_stage_is_for(both_stages: Path) -> None:
+    results = both_stages / "nnUNet_results" / "Dataset008_Raters"
+    first, second = (
+        json.loads(path.read_text())
+        for trainer in (FIRST, SECOND)
+        for path in results.glob(f"{trainer}__*/fold_0/validation/summary_raters.json")
+    )
+    assert first["samples"]["number"] == 10
+    assert 0 <= first["samples"]["GED"] < 2
+    assert second["raters"]["personalised"]
+    assert set(second["raters"]["Dice"]) == {"small", "exact", "large"}
+
+
+def test_stage1_is_a_file_or_found(both_stages: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = both_stages / "nnUNet_results" / "Dataset008_Raters"
+    checkpoint = next(results.glob(f"{FIRST}__*/fold_0/checkpoint_final.pth"))
+    moved = both_stages / "first.pth"
+    checkpoint.rename(moved)
+    shutil.rmtree(next(results.glob(f"{SECOND}__*")))
+    assert train(SECOND, "1") == 2
+    assert "checkpoint_final.pth does not exist" in capsys.readouterr().err
+    assert train(FIRST, "1", "--stage1", str(moved)) == 2
+    assert "has no first stage" in capsys.readouterr().err
+    assert train(SECOND, "1", "--stage1", str(moved)) == 0

@@ -1,0 +1,108 @@
+"""One opinion per case (spec 7.8, invariants 12 - 14)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import entropy
+
+from nnmosaic.trainers.multi_rater.export import SpreadOfMasks
+from nnmosaic.trainers.multi_rater.prediction import RaterPredictor
+from nnmosaic.trainers.multi_rater.trainer import nnUNetTrainerMultiRaterPersonalized
+from nnmosaic.trainers.multi_rater.wanted_masks import WantedMasks
+from nnmosaic.trainers.predictor import MosaicPredictor
+
+
+@pytest.fixture
+def predictor(make_trainer: Callable[..., Any]) -> Any:
+    """Return a predictor without mirroring, with an untrained network."""
+    torch.manual_seed(0)
+    trainer = make_trainer(nnUNetTrainerMultiRaterPersonalized, "Dataset008_Raters")
+    trainer.initialize()
+    trainer.set_deep_supervision_enabled(False)
+    made = MosaicPredictor(
+        use_mirroring=False, perform_everything_on_device=False, device=torch.device("cpu"),
+        allow_tqdm=False,
+    )  # fmt: skip
+    made.manual_initialization(
+        trainer.network, trainer.plans_manager, trainer.configuration_manager, None,
+        trainer.dataset_json, type(trainer).__name__, None,
+    )  # fmt: skip
+    return made
+
+
+def all_masks(predictor: Any, image: torch.Tensor, **wanted: Any) -> dict[str, torch.Tensor]:
+    raters = RaterPredictor(predictor, WantedMasks(**wanted))
+    return {f"{kind}/{name}": logits for kind, name, logits in raters.logits(image, "case")}
+
+
+def test_one_tile_is_the_direct_forward(predictor: Any) -> None:
+    image = torch.randn(1, *predictor.configuration_manager.patch_size)
+    raters = RaterPredictor(predictor, WantedMasks(("large", "small"), samples=2))
+    found = {name: logits.float() for _, name, logits in raters.logits(image, "case")}
+    network = predictor.network.eval()
+    (latents,) = raters.latents
+    with torch.no_grad():
+        prior = network.prior(image[None])
+        torch.testing.assert_close(torch.tensor(latents["mean"]), prior.mean[0])
+        torch.testing.assert_close(torch.tensor(latents["sigma"]), prior.log_sigma[0].exp())
+        features = network.features(image[None])
+        codes = [*latents["raters"], *latents["samples"]]
+        for name, code in zip(("large", "small", "000", "001"), codes, strict=True):
+            direct = network.logits(features, torch.tensor([code]))[0]
+            # Not in the corners, where nnU-Net's weights of a tile vanish in half precision.
+            inside = (..., *(slice(n // 4, -(n // 4)) for n in image.shape[1:]))
+            torch.testing.assert_close(found[name][inside], direct[inside], rtol=2e-3, atol=1e-3)
+
+
+def test_order_and_number_of_masks_change_nothing(predictor: Any) -> None:
+    image = torch.randn(1, 30, 34, 28)  # several tiles
+    many = all_masks(predictor, image, raters=("all",), samples=3)
+    assert [*many] == [
+        "raters/small", "raters/exact", "raters/large", "samples/000", "samples/001", "samples/002"
+    ]  # fmt: skip
+    few = all_masks(predictor, image, raters=("large", "small"), samples=1)
+    for name, logits in few.items():
+        assert torch.equal(logits, many[name])
+    forwards = predictor._internal_get_sliding_window_slicers
+    predictor._internal_get_sliding_window_slicers = lambda size: forwards(size)[::-1]
+    for name, logits in all_masks(predictor, image, raters=("all",), samples=3).items():
+        torch.testing.assert_close(logits, many[name], rtol=1e-2, atol=2e-3)  # half precision
+
+
+def test_folds_share_the_samples_and_average_the_raters(predictor: Any) -> None:
+    image = torch.randn(1, *predictor.configuration_manager.patch_size)
+    weights = [
+        {name: factor * value for name, value in predictor.network.state_dict().items()}
+        for factor in (1, 1.1)
+    ]
+    alone = []
+    for one in weights:
+        predictor.list_of_parameters = [one]
+        alone.append(all_masks(predictor, image, raters=("exact",), samples=2))
+    predictor.list_of_parameters = weights
+    raters = RaterPredictor(predictor, WantedMasks(("exact",), samples=3))
+    together = {name: logits for _, name, logits in raters.logits(image, "case")}
+    assert list(together) == ["exact", "000", "001", "002"]
+    assert [len(latents["samples"]) for latents in raters.latents] == [2, 1]
+    torch.testing.assert_close(together["000"], alone[0]["samples/000"])
+    first = alone[0]["raters/exact"]
+    assert not torch.equal(first, together["exact"])  # the other fold counts, too
+
+
+def test_the_spread_is_that_of_the_samples() -> None:
+    rng = np.random.default_rng(0)
+    samples = rng.dirichlet(np.ones(3), (5, 4, 6)).transpose(0, 3, 1, 2)  # (S, K, 4, 6)
+    spread = SpreadOfMasks()
+    for one in samples:
+        spread.add(one)
+    mean = samples.mean(0)
+    np.testing.assert_allclose(spread.mean, mean)
+    maps = spread.maps()
+    np.testing.assert_allclose(maps["entropy"], entropy(mean), rtol=1e-5)
+    expected = entropy(mean) - np.mean([entropy(one) for one in samples], 0)
+    np.testing.assert_allclose(maps["mutual_information"], expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(maps["variance"], samples[:, 1:].var(0).sum(0), rtol=1e-4)
+    assert all(values.dtype == np.float32 for values in maps.values())
