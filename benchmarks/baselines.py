@@ -1,4 +1,4 @@
-"""Peers of self-disambiguation as trainers, for comparison only; nothing in the package uses them.
+"""Peers of the methods as trainers, for comparison only; nothing in the package uses them.
 
 Importing this module makes them known to the ``nnmosaic`` commands of the same process.
 """
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnmosaic.trainers import TRAINERS
+from nnmosaic.trainers.base import nnUNetTrainerMosaic
+from nnmosaic.trainers.multi_rater.loss import draw_raters, of_raters
+from nnmosaic.trainers.multi_rater.trainer import MultiRaterTrainer
 from nnmosaic.trainers.self_disambiguation.loss import (
     group_log_probabilities,
     grouped_cross_entropy,
@@ -82,5 +85,26 @@ class nnUNetTrainerMaskedSigmoid(_OtherLoss):
                 layer.bias[0] = 0
 
 
-for _trainer in (nnUNetTrainerMarginalCrossEntropy, nnUNetTrainerMaskedSigmoid):
+class nnUNetTrainerRandomRater(MultiRaterTrainer):
+    """Plain nnU-Net that learns the mask of one rater in each sample, drawn anew each time."""
+
+    build_network_architecture = staticmethod(nnUNetTrainerMosaic.build_network_architecture)
+    perform_actual_validation = nnUNetTrainerMosaic.perform_actual_validation
+
+    def _terms(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+        raters = draw_raters(self._annotations(batch)[1])
+        target = batch["target"]
+        maps = [level[:, 1:] for level in target] if isinstance(target, list) else target[:, 1:]
+        logits = self.network(batch["data"])
+        loss = self.segmentation_loss(logits, of_raters(maps, raters), batch)
+        return {"segmentation": loss}, logits[0] if isinstance(logits, list) else logits
+
+    def _pairs(self, answer: Tensor, labels: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
+        found = answer.argmax(1)[:, None].expand_as(labels)
+        return found[available].flatten(1), labels[available].flatten(1)
+
+
+for _trainer in (
+    nnUNetTrainerMarginalCrossEntropy, nnUNetTrainerMaskedSigmoid, nnUNetTrainerRandomRater
+):  # fmt: skip
     TRAINERS[_trainer.__name__] = __name__  # type: ignore[index]

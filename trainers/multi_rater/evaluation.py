@@ -28,12 +28,7 @@ from nnmosaic.trainers.multi_rater.set_metrics import (
     set_dice,
     variance_ratio,
 )
-
-MASKS_FOLDER = "raters"
-"""Of predictions: personalised masks, RATER/CASE."""
-
-SAMPLES_FOLDER = "samples"
-"""Of predictions: diverse label maps, NUMBER/CASE."""
+from nnmosaic.trainers.multi_rater.wanted_masks import RATERS, SAMPLES
 
 
 @dataclass(frozen=True)
@@ -155,8 +150,8 @@ def _find_files(
             f"{references} holds no folder of a rater ({', '.join(dataset.raters)}). Give the "
             f"folder above them, such as {RATERS_FOLDER}."
         )
-    masks = _of_raters(predictions / MASKS_FOLDER, dataset)
-    samples = _folders(predictions / SAMPLES_FOLDER)
+    masks = _of_raters(predictions / RATERS, dataset)
+    samples = _folders(predictions / SAMPLES)
     annotated = set().union(*drawn.values())
     predicted = set().union(*(_names(f, ending) for f in (predictions, *masks, *samples)))
     cases = {name: name[: -len(ending)] for name in sorted(annotated & predicted)}
@@ -169,7 +164,7 @@ def _find_files(
     found = []
     for name, case in cases.items():
         raters = tuple(rater for rater in dataset.raters if name in drawn.get(rater, ()))
-        own = [predictions / MASKS_FOLDER / rater for rater in raters] if masks else [predictions]
+        own = [predictions / RATERS / rater for rater in raters] if masks else [predictions]
         files = _Files(
             case=case,
             raters=raters,
