@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nnmosaic.data_conversion.atomic_write import read_json
@@ -14,7 +15,9 @@ from nnmosaic.pipeline.predict import predict
 from nnmosaic.pipeline.train import FINAL, is_finished, model_folder, train
 from nnmosaic.pipeline.workspace import Workspace
 from nnmosaic.planners.plans_section import RunSettings, read_section
+from nnmosaic.trainers import FIRST_STAGE
 from nnmosaic.trainers.checkpoint import stored_settings
+from nnmosaic.trainers.multi_rater.wanted_masks import masks_of_a_run
 
 logger = logging.getLogger(__name__)
 
@@ -62,22 +65,37 @@ def run(
         request = PlanRequest(plans_name=plans_name, trainer=trainer, keep_plans=True)
     plan_and_preprocess(workspace, identifier, [configuration], request)
     dataset = read_dataset_json(workspace.preprocessed / workspace.dataset(identifier))
+    stages = [(trainer, settings)]
+    if trainer in FIRST_STAGE:
+        # The options belong to the second stage.
+        stages.insert(0, (FIRST_STAGE[trainer], replace(settings, options=None)))
     for fold in folds:
-        if is_finished(model / f"fold_{fold}", trainer, dataset):
-            _refuse_other_settings(model / f"fold_{fold}" / FINAL, settings)
-            logger.info("Fold %s is finished", fold)
-            continue
-        train(
-            workspace,
-            identifier,
-            configuration,
-            fold,
-            trainer=trainer,
-            plans_name=plans_name,
-            settings=settings,
-            device=device,
-        )
-    return predict(images, output, model, folds=folds, skip_existing=True, device=device)
+        for stage, own in stages:
+            name = model_folder(workspace, identifier, configuration, stage, plans_name)
+            folder = name / f"fold_{fold}"
+            if is_finished(folder, stage, dataset):
+                _refuse_other_settings(folder / FINAL, own)
+                logger.info("%s: fold %s is finished", stage, fold)
+                continue
+            train(
+                workspace,
+                identifier,
+                configuration,
+                fold,
+                trainer=stage,
+                plans_name=plans_name,
+                settings=own,
+                device=device,
+            )
+    return predict(
+        images,
+        output,
+        model,
+        folds=folds,
+        skip_existing=True,
+        masks=masks_of_a_run(trainer),
+        device=device,
+    )
 
 
 def _refuse_other_settings(checkpoint: Path, settings: RunSettings) -> None:

@@ -163,3 +163,15 @@ def test_stage1_is_a_file_or_found(both_stages: Path, capsys: pytest.CaptureFixt
     assert train(FIRST, "1", "--stage1", str(moved)) == 2
     assert "has no first stage" in capsys.readouterr().err
     assert train(SECOND, "1", "--stage1", str(moved)) == 0
+
+
+def test_run_goes_through_both_stages(both_stages: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.rmtree(next((both_stages / "nnUNet_results" / "Dataset008_Raters").glob(f"{SECOND}__*")))
+    (both_stages / "images" / "case00_0000.nii.gz").unlink()
+    folders = ["-i", str(both_stages / "images"), "-o", str(both_stages / "out")]
+    short = ["--epochs", "1", "--val_iterations_per_epoch", "1", "--iterations_per_epoch"]
+    run = ["run", "-d", "8", "-c", "3d_fullres", "-f", "0", *folders, "-tr", SECOND]
+    assert main([*run, "--seed", "0", *short, "40"]) == 0  # as the first stage was trained
+    assert f"{FIRST}: fold 0 is finished" in caplog.text
+    for folder in ("raters/small", "samples/015", "entropy", "."):
+        assert (both_stages / "out" / folder / "case03.nii.gz").is_file()

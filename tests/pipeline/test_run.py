@@ -61,5 +61,5 @@ def test_run_does_everything_and_a_second_time_nothing(
     assert codes == [0, 2], log
     assert {path: path.stat().st_mtime_ns for path in files} == before
     assert "Fingerprint: unchanged" in log
-    assert "Fold 0 is finished" in log
+    assert "fold 0 is finished" in log
     assert "was trained with --epochs 1, not 2" in log

@@ -145,7 +145,11 @@ class Combiner(nn.Module):
 
 
 class RaterHead(nn.Module):
-    """From features to a rater's query, shape (B, latent), not negative (3.1, 3)."""
+    """From features to a rater's query, shape (B, latent), not negative (3.1, 3).
+
+    It pools before each part, by the plan's strides: at full resolution the heads of many raters
+    would cost more than the U-Net (3.3).
+    """
 
     def __init__(
         self,
@@ -160,8 +164,8 @@ class RaterHead(nn.Module):
         layers: list[nn.Module] = []
         before = features
         for part, width in enumerate((features, max(NARROWEST, features // 2), latent)):
-            if part and part < len(strides):
-                size = tuple(strides[part])
+            if part + 1 < len(strides):
+                size = tuple(strides[part + 1])
                 layers.append(pool(size, size, ceil_mode=True))
             layers += [
                 conv_op(before, width, 3, padding=1),

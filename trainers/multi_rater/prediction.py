@@ -110,14 +110,14 @@ class RaterPredictor:
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _opinion(self, fold: int, data: Tensor, case: str) -> _Opinion:
-        """Return the codes of a network; every tile counts the same."""
+        """Return the codes of a network: every tile counts the same, and no two overlap much."""
         self._load(fold)
         device = self.predictor.device
         network = self.network.to(device).eval()
         patch_size = self.predictor.configuration_manager.patch_size
         padded = pad_nd_image(data, patch_size, "constant", {"value": 0}, False, None)
         means, variances, queries = [], [], []
-        for tile in self.predictor._internal_get_sliding_window_slicers(padded.shape[1:]):
+        for tile in self._tiles_side_by_side(padded.shape[1:]):
             x = padded[tile][None].to(device)
             with torch.autocast("cuda") if device.type == "cuda" else nullcontext():
                 prior = network.prior(x)
@@ -134,6 +134,14 @@ class RaterPredictor:
             own = attend(torch.stack(queries).mean(0)[:, None], bank[:, None])[:, 0]
             raters = own[[self.plan.raters.index(name) for name in self.wanted.raters]]
         return _Opinion(mean, sigma, samples, raters)
+
+    def _tiles_side_by_side(self, size: tuple[int, ...]) -> Sequence[tuple[Any, ...]]:
+        step, self.predictor.tile_step_size = self.predictor.tile_step_size, 1
+        try:
+            tiles: list[Any] = self.predictor._internal_get_sliding_window_slicers(size)
+        finally:
+            self.predictor.tile_step_size = step
+        return tiles
 
     def _noise(self, number: int, case: str, fold: int, stream: int) -> Tensor:
         entropy = (self.wanted.seed, zlib.crc32(case.encode()), fold, stream)

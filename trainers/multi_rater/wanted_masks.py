@@ -64,3 +64,12 @@ class WantedMasks:
                 f"{', '.join(plan.raters)}."
             )
         return replace(self, raters=raters)
+
+
+def masks_of_a_run(trainer: str) -> WantedMasks | None:
+    """Return what ``nnmosaic run`` predicts with a trainer; None: what plain nnU-Net does."""
+    if trainer in FIRST_STAGE:
+        return WantedMasks((ALL,), samples=16, uncertainty=True)
+    if trainer in FIRST_STAGE.values():
+        return WantedMasks(samples=16, uncertainty=True)
+    return None
