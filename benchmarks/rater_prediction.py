@@ -20,7 +20,7 @@ from benchmarks.multi_rater import SECOND, SETTINGS
 from benchmarks.report import footer, provenance, table, write
 from nnmosaic.data_conversion.atomic_write import read_json
 
-REPEATS, SAMPLES = 5, 16
+REPEATS, SAMPLES = 3, 16
 PLAIN, RATERS = "plain nnU-Net", "16 samples and all raters"
 FEATURES = {"CPU plan": 1, "nnU-Net's width": 4}
 """Factor on the features of the CPU plan, which begins with 8."""
