@@ -120,9 +120,12 @@ def main() -> None:
 
 def _ratios(found: dict[str, list[dict[str, float]]], key: str) -> list[str]:
     plain, raters = (
-        {name: median(run[name] for run in found[f"{key}, {what}"]) for name in found[f"{key}, {PLAIN}"][0]}
+        {
+            name: median(run[name] for run in found[f"{key}, {what}"])
+            for name in ("seconds", "gigabytes")
+        }
         for what in (PLAIN, RATERS)
-    )  # fmt: skip
+    )
     return [
         f"{plain['seconds']:.2f}",
         f"{raters['seconds']:.2f}",

@@ -39,11 +39,15 @@ PLAIN, OURS = "nnUNetTrainerMosaic", "nnUNetTrainerSelfDisambiguation"
 
 @dataclass(frozen=True)
 class Row:
-    """One way to train: on which datasets (several: one model each, fused), and how."""
+    """One way to train: on which datasets (several: one model each, fused), and how.
+
+    Each model gets one part in ``parts`` of the budget.
+    """
 
     datasets: tuple[str, ...]
     trainer: str = OURS
     options: Mapping[str, str] = field(default_factory=dict)
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,9 @@ SETTINGS = {
             "marginal cross-entropy only": Row(("Disjoint",), "nnUNetTrainerMarginalCrossEntropy"),
             MISSING: Row(("Disjoint",), PLAIN),
             "one model per source, fused": Row(("Anterior", "Posterior"), PLAIN),
+            "one model per source, half the budget each": Row(
+                ("Anterior", "Posterior"), PLAIN, parts=2
+            ),
             "zeros ignored": Row(("ZerosIgnored",), PLAIN),
             "sigmoid, masked BCE": Row(("Disjoint",), "nnUNetTrainerMaskedSigmoid"),
         },
@@ -227,6 +234,7 @@ def one_run(work: Path, setting: str, row_name: str, seed: int) -> dict[str, Any
     start = time.perf_counter()
     corpus, row = SETTINGS[setting].corpus, SETTINGS[setting].rows[row_name]
     configuration, budget = BUDGETS[corpus]
+    budget = {**budget, "epochs": budget["epochs"] // row.parts}
     test = work / f"{corpus}_test"
     several = len(row.datasets) > 1
     folders = []
@@ -339,8 +347,8 @@ def report(seeds: Sequence[int], work: Path) -> str:
         "Made by `python -m benchmarks.self_disambiguation`. All rows of a setting share plan, "
         f"budget and seeds ({configuration}, CPU plan, batch 2, AdamW); they are trained on all "
         "training cases and predict unseen subjects without mirroring. Dice: mean over test cases "
-        'and seeds; intervals: bootstrap over subjects. "One model per source" spends the '
-        "budget twice.\n\n"
+        'and seeds; intervals: bootstrap over subjects. "One model per source, '
+        'fused" spends the budget twice.\n\n'
         f"{text}\n\nRuns: " + " / ".join(sources) + "\n"
     )
 
