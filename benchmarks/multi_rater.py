@@ -28,7 +28,9 @@ from nnmosaic.data_conversion.dataset_json import DatasetJson, parse_dataset_jso
 
 FOLDER = RESULTS / "multi_rater"
 FOLDS = 3
-BUDGET = {"epochs": 10, "iterations_per_epoch": 60}
+BUDGET = {"epochs": 10, "iterations_per_epoch": 50}
+PATCH, STAGES = 256, 7
+"""Of the plan: what it plans itself covers an image at once, and a step takes four times as long."""
 RADII = range(-4, 5)
 """Voxels by which the best constant morphology may erode (below 0) or dilate a mask."""
 FIRST, SECOND = "nnUNetTrainerMultiRaterDiversified", "nnUNetTrainerMultiRaterPersonalized"
@@ -94,6 +96,7 @@ def prepare(data: Path, work: Path, settings: Sequence[str]) -> None:
                 "--file_ending", ".png", "--raters", *raters,
             )  # fmt: skip
         command("plan_and_preprocess", "-d", number[0], "-c", "2d", "--device", "cpu")
+        _make_patch_smaller(preprocessed / "nnUNetPlans.json")
         cases = sorted(path.stem.removesuffix("_0000") for path in (files / "images").iterdir())
         write_json(_folds(data / setting.folder / "cases.csv", cases),
                    preprocessed / "splits_final.json")  # fmt: skip
@@ -123,6 +126,18 @@ def _save(array: np.ndarray, folder: Path, stem: str) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     io.imsave(folder / f"{stem}.png", array.astype(np.uint8), check_contrast=False)
+
+
+def _make_patch_smaller(path: Path) -> None:
+    plans = read_json(path)
+    configuration = plans["configurations"]["2d"]
+    configuration["patch_size"] = [PATCH, PATCH]
+    arguments = configuration["architecture"]["arch_kwargs"]
+    arguments["n_stages"] = STAGES
+    for key in ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage"):
+        arguments[key] = arguments[key][:STAGES]
+    arguments["n_conv_per_stage_decoder"] = arguments["n_conv_per_stage_decoder"][: STAGES - 1]
+    write_json(plans, path)
 
 
 def _folds(table_of_cases: Path, cases: Sequence[str]) -> list[dict[str, list[str]]]:
@@ -340,7 +355,7 @@ def main() -> None:
     tables = "\n\n".join(setting_tables(name, options.seeds) for name in SETTINGS)
     text = (
         "# Many raters against their baselines\n\nMade by `python -m benchmarks.multi_rater`. "
-        f"{FOLDS} folds by person, CPU plan, half resolution, seeds "
+        f"{FOLDS} folds by person, CPU plan with a patch of {PATCH}, half resolution, seeds "
         f"{', '.join(map(str, options.seeds))}; every stage has the same budget. Intervals: "
         "bootstrap over cases. Strict: the mask of a rater against this rater only; a model with "
         f"one mask is held against each.\n\n{tables}\n\nRuns: {' / '.join(sources)}\n"
