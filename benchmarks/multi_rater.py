@@ -30,7 +30,7 @@ FOLDER = RESULTS / "multi_rater"
 FOLDS = 3
 BUDGET = {"epochs": 10, "iterations_per_epoch": 50}
 PATCH, STAGES = 256, 7
-"""Of the plan: what it plans itself covers an image at once, and a step takes four times as long."""
+"""Of the plan. The planner's own covers an image at once, and a step takes four times as long."""
 RADII = range(-4, 5)
 """Voxels by which the best constant morphology may erode (below 0) or dilate a mask."""
 FIRST, SECOND = "nnUNetTrainerMultiRaterDiversified", "nnUNetTrainerMultiRaterPersonalized"
