@@ -5,10 +5,12 @@ decoder keep nnU-Net's keys, so that weights transfer. Both stages have the same
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 NARROWEST = 8
 """Channels of the new parts at least: a combiner of fewer may begin with no unit alive."""
@@ -136,7 +138,11 @@ class Combiner(nn.Module):
             return self._with_code(shared, codes)
         # One by one, so that a mask does not depend on how many there are: a product of more rows
         # is rounded otherwise.
-        return torch.stack([self._with_code(shared, one) for one in codes])
+        if not torch.is_grad_enabled():
+            return torch.stack([self._with_code(shared, one) for one in codes])
+        # What is inside is computed again for the gradient, and not kept for every code.
+        again = partial(checkpoint, self._with_code, use_reentrant=False, preserve_rng_state=False)
+        return torch.stack([again(shared, one) for one in codes])
 
     def _with_code(self, shared: Tensor, codes: Tensor) -> Tensor:
         shift = self.of_code(codes)
