@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -79,12 +79,16 @@ def train_for_memory(work: Path, variant: str) -> float:
     return int(peak) / 2**20
 
 
-def report(
-    times: Mapping[str, Sequence[float]],
-    memory: Mapping[str, Sequence[float]],
-    source: Mapping[str, Any],
-) -> str:
+def with_source(path: Path, measure: Callable[[], Any]) -> dict[str, Any]:
+    """Return "values" and the "source" of what was measured, perhaps before; see `finished`."""
+    found: dict[str, Any] = finished(path, lambda: {"values": measure(), "source": provenance()})
+    return found
+
+
+def report(steps: Mapping[str, Any], peaks: Mapping[str, Any]) -> str:
     """Return the result page."""
+    times: Mapping[str, Sequence[float]] = steps["values"]
+    memory: Mapping[str, Sequence[float]] = peaks["values"]
     rows = [
         [
             name,
@@ -102,7 +106,8 @@ def report(
         "self-disambiguation has two half labelled sources. Time: "
         f"{STEPS} steps per variant on the same batches, in pairs, alternating, ratio of medians. "
         "Memory: of the whole process, the median of "
-        f"{REPEATS}.\n\n{table(header, rows)}\n\n{footer(source)}\n"
+        f"{REPEATS}.\n\n{table(header, rows)}\n\nTimes: {footer(steps['source'])}\n\nMemory: "
+        f"{footer(peaks['source'])}\n"
     )
 
 
@@ -123,11 +128,10 @@ def main() -> None:
         parser.error("--data is needed: the folder with imagesTr and labelsTr")
     prepare(options.data, work, 1)
     plan_for_cpu(work)
-    times = finished(work / "steps.json", lambda: time_training_step(work, VARIANTS))
-    memory = finished(work / "memory.json", lambda: measure_memory(work))
-    source = provenance()
-    text = report(times, memory, source)
-    write("training_step", {**source, "seconds": times, "peak_gb": memory}, text)
+    steps = with_source(work / "steps.json", lambda: time_training_step(work, VARIANTS))
+    peaks = with_source(work / "memory.json", lambda: measure_memory(work))
+    text = report(steps, peaks)
+    write("training_step", {"seconds": steps, "peak_gb": peaks}, text)
     print(text)
 
 
