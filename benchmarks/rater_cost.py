@@ -127,7 +127,7 @@ def predict_once(work: Path, setting: str, what: str, factor: int) -> dict[str, 
                 )  # fmt: skip
             else:
                 raters = RaterPredictor(predictor, WantedMasks((ALL,), SAMPLES))
-                writer = CaseWriter(Path(folder), case, predictor, properties)
+                writer = CaseWriter(Path(folder), case, predictor, properties, mean_of="samples")
                 for kind, name, one in raters.logits(image, case):
                     writer.add(kind, name, one)
                 writer.finish(raters.latents)

@@ -335,6 +335,11 @@ def _parse_raters(multirater: Any, where: str) -> tuple[str, ...]:
             f'{where}: "multirater" must list at least two different "raters", whose names can be '
             f"folders, got {raters}."
         )
+    if multirater.get("order", "as_is") != "as_is":
+        raise InputError(
+            f'{where}: "order" of multirater can only be as_is, got {multirater["order"]!r}. Sort '
+            "the label maps into folders by size first."
+        )
     if multirater.get("identity", IDENTITIES[0]) not in IDENTITIES:
         raise InputError(
             f'{where}: "identity" of multirater must be {" or ".join(IDENTITIES)}, got '

@@ -8,6 +8,7 @@ from typing import Any
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.pipeline.defaults import DEFAULT_TRAINER
 from nnmosaic.planners import NUM_FOLDS
+from nnmosaic.trainers import FIRST_STAGE
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class PlanRequest:
             )
         if self.minutes is not None and self.device is None:
             raise InputError("--minutes plans for a CPU: add --device cpu.")
+        if self.minutes is not None and self.trainer in FIRST_STAGE:
+            raise InputError(
+                f"--minutes cannot plan for {self.trainer}, which trains after "
+                f"{FIRST_STAGE[self.trainer]}. Plan for that one, and train both with its plans."
+            )
         if self.cores is not None and self.minutes is None:
             raise InputError("--cores are those that train for some --minutes: give both.")
         present = os.cpu_count() or 1
@@ -76,8 +82,9 @@ class PlanRequest:
 
     @property
     def measured_trainer(self) -> str:
-        """The class name of the trainer whose steps are measured."""
-        return self.trainer or DEFAULT_TRAINER
+        """The class name of the trainer whose steps are measured; of two stages, the first."""
+        trainer = self.trainer or DEFAULT_TRAINER
+        return FIRST_STAGE.get(trainer, trainer)
 
     def of(self, configurations: Sequence[str]) -> "PlanRequest":
         """Return the request with the configuration that its minutes are for, if it has minutes.

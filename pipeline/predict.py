@@ -16,7 +16,13 @@ from nnmosaic.data_conversion.dataset_json import DatasetJson, parse_dataset_jso
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.raw_dataset import Case, find_image_cases
 from nnmosaic.pipeline.progress import progress
-from nnmosaic.trainers.multi_rater.wanted_masks import WantedMasks
+from nnmosaic.trainers.multi_rater.wanted_masks import (
+    LATENTS,
+    MAPS,
+    RATERS,
+    SAMPLES,
+    WantedMasks,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +107,7 @@ def predict(
         run = _Run(dataset, predictor, output, save_probabilities, previous_stage)
         if masks is not None:
             run = _RaterRun(run, masks)
-        _begin_output(output, model, made_with)
+        _begin_output(output, model, made_with, cases)
         failures.update(run.all_cases(cases, workers or min(4, os.cpu_count() or 1)))
     _write_failures(failures, output)
     return failures
@@ -135,8 +141,18 @@ def _is_predicted(case: Case, output: Path, suffixes: Sequence[str]) -> bool:
     return all((output / f"{case.identifier}{suffix}").is_file() for suffix in suffixes)
 
 
-def _begin_output(output: Path, model: Path, made_with: dict[str, Any]) -> None:
+def _begin_output(
+    output: Path, model: Path, made_with: dict[str, Any], cases: Sequence[Case]
+) -> None:
+    """Make the folder say what its files are made with, after removing those made otherwise."""
     output.mkdir(parents=True, exist_ok=True)
+    if not _was_made_with(made_with, output):
+        folders = [output, *(output / name for name in (LATENTS, *MAPS))]
+        folders += [folder for kind in (RATERS, SAMPLES) for folder in (output / kind).glob("*/")]
+        names = {case.identifier for case in cases}
+        for path in (path for folder in folders if folder.is_dir() for path in folder.iterdir()):
+            if path.is_file() and path.name.partition(".")[0] in names:
+                path.unlink()
     write_json(made_with, output / MADE_WITH)
     for name in ("dataset.json", "plans.json"):  # for ensemble, and nnU-Net's own tools
         shutil.copyfile(model / name, output / name)
@@ -264,14 +280,17 @@ class _RaterRun(_Run):
         from nnmosaic.trainers.multi_rater.export import CaseWriter
 
         folder = self.partial / case.identifier
-        writer = CaseWriter(folder, case.identifier, self.predictor, properties)
+        writer = CaseWriter(
+            folder,
+            case.identifier,
+            self.predictor,
+            properties,
+            mean_of=SAMPLES if self.masks.samples else RATERS,
+            uncertainty=self.masks.uncertainty,
+        )
         for kind, name, logits in self.raters.logits(data, case.identifier):
             writer.add(kind, name, logits)
-        writer.finish(
-            self.raters.latents,
-            uncertainty=self.masks.uncertainty,
-            save_probabilities=self.save_probabilities,
-        )
+        writer.finish(self.raters.latents, save_probabilities=self.save_probabilities)
         return partial(self.publish, folder)
 
     def publish(self, folder: Path) -> None:

@@ -17,7 +17,9 @@ from nnmosaic.pipeline.workspace import Workspace
 from nnmosaic.planners.plans_section import RunSettings, read_section
 from nnmosaic.trainers import FIRST_STAGE
 from nnmosaic.trainers.checkpoint import stored_settings
+from nnmosaic.trainers.lookup import trainer_class
 from nnmosaic.trainers.multi_rater.wanted_masks import masks_of_a_run
+from nnmosaic.trainers.options import option_types
 
 logger = logging.getLogger(__name__)
 
@@ -59,20 +61,20 @@ def run(
         cores=cores,
         folds=len(folds),
     )
-    if any(model.glob("fold_*/checkpoint_*.pth")):
+    stages = _stages(trainer, settings)
+    models = {
+        stage: model_folder(workspace, identifier, configuration, stage, plans_name)
+        for stage in stages
+    }
+    if any(any(folder.glob("fold_*/checkpoint_*.pth")) for folder in models.values()):
         logger.info("Folds are trained already: their plans are kept")
         _refuse_other_minutes(workspace.preprocessed / model.parent.name, plans_name, minutes)
         request = PlanRequest(plans_name=plans_name, trainer=trainer, keep_plans=True)
     plan_and_preprocess(workspace, identifier, [configuration], request)
     dataset = read_dataset_json(workspace.preprocessed / workspace.dataset(identifier))
-    stages = [(trainer, settings)]
-    if trainer in FIRST_STAGE:
-        # The options belong to the second stage.
-        stages.insert(0, (FIRST_STAGE[trainer], replace(settings, options=None)))
     for fold in folds:
-        for stage, own in stages:
-            name = model_folder(workspace, identifier, configuration, stage, plans_name)
-            folder = name / f"fold_{fold}"
+        for stage, own in stages.items():
+            folder = models[stage] / f"fold_{fold}"
             if is_finished(folder, stage, dataset):
                 _refuse_other_settings(folder / FINAL, own)
                 logger.info("%s: fold %s is finished", stage, fold)
@@ -96,6 +98,25 @@ def run(
         masks=masks_of_a_run(trainer),
         device=device,
     )
+
+
+def _stages(trainer: str, settings: RunSettings) -> dict[str, RunSettings]:
+    """Return what is trained one after the other, each with the options that it has."""
+    if trainer not in FIRST_STAGE:
+        return {trainer: settings}
+    names = (FIRST_STAGE[trainer], trainer)
+    known = {name: option_types(trainer_class(name)) for name in names}
+    given = settings.options or {}
+    for option in given:
+        if not any(option in options for options in known.values()):
+            raise InputError(
+                f"--set: neither {' nor '.join(names)} has an option {option!r}. They have "
+                f"{', '.join(option for options in known.values() for option in options)}."
+            )
+    return {
+        name: replace(settings, options={o: given[o] for o in given if o in known[name]} or None)
+        for name in names
+    }
 
 
 def _refuse_other_settings(checkpoint: Path, settings: RunSettings) -> None:

@@ -13,7 +13,7 @@ from nnmosaic.pipeline.workspace import Workspace
 from nnmosaic.planners.ledger import Ledger, configuration_digest, ledger_path
 from nnmosaic.planners.plans_section import RunSettings
 from nnmosaic.planners.preprocessing import data_identifier
-from nnmosaic.trainers import FIRST_STAGE, TRAINERS
+from nnmosaic.trainers import FIRST_STAGE, RATER_TRAINERS, TRAINERS
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,11 @@ def train(
         raise InputError("--c continues a training: it cannot be combined with --val or weights.")
     if stage1 is not None and trainer not in FIRST_STAGE:
         raise InputError(f"--stage1: {trainer} has no first stage. Leave it out.")
+    if pretrained_weights is not None and trainer in FIRST_STAGE:
+        raise InputError(
+            f"-pretrained_weights: {trainer} starts from its first stage. Give the weights to "
+            f"{FIRST_STAGE[trainer]}."
+        )
     dataset = workspace.dataset(identifier)
     preprocessed, raw = workspace.preprocessed / dataset, workspace.raw / dataset
     _check_preprocessed(preprocessed, raw, plans_name, configuration, identifier)
@@ -84,7 +89,8 @@ def train(
         only_validate=only_validate,
         finished=is_finished(folder, trainer, read_dataset_json(preprocessed)),
     )
-    _refuse_weights_over(checkpoint, pretrained_weights)
+    _refuse_weights_over(checkpoint, pretrained_weights, "-pretrained_weights begins a training")
+    _refuse_weights_over(checkpoint, stage1, "--stage1 begins a training")
     folder.mkdir(parents=True, exist_ok=True)
     arguments = (
         preprocessed, configuration, fold, trainer, plans_name, settings, checkpoint,
@@ -102,7 +108,7 @@ def is_finished(fold_folder: Path, trainer: str, dataset: DatasetJson) -> bool:
     written = ["summary.json"]
     if dataset.partial_labels is not None and trainer in TRAINERS:
         written.append("summary_raw.json")
-    if trainer in {*FIRST_STAGE, *FIRST_STAGE.values()}:
+    if trainer in RATER_TRAINERS:
         written.append("summary_raters.json")
     return all((fold_folder / "validation" / name).is_file() for name in written)
 
@@ -178,12 +184,9 @@ def _checkpoint(folder: Path, *, resume: bool, only_validate: bool, finished: bo
     return newest
 
 
-def _refuse_weights_over(checkpoint: Path | None, weights: Path | None) -> None:
+def _refuse_weights_over(checkpoint: Path | None, weights: Path | None, why: str) -> None:
     if checkpoint is not None and weights is not None:
-        raise InputError(
-            f"-pretrained_weights begins a training, but {checkpoint} exists. Move "
-            f"{checkpoint.parent} away."
-        )
+        raise InputError(f"{why}, but {checkpoint} exists. Move {checkpoint.parent} away.")
 
 
 def _train(
@@ -234,7 +237,7 @@ def _load_pretrained(trainer: Any, path: Path) -> None:
     read_checkpoint(path)  # refuses a pickle that would run code; nnU-Net's function would not
     trainer.initialize()
     try:
-        load_pretrained_weights(trainer.network, str(path))
+        load_pretrained_weights(getattr(trainer, "pretrainable", trainer.network), str(path))
     except AssertionError as error:
         raise InputError(f"{path} does not fit this network: {error}") from None
 

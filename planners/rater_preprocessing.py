@@ -69,10 +69,11 @@ class RaterMixin:
             else np.full_like(fused, ABSENT)
             for rater in self.raters
         ]
+        drawn = np.vstack([fused, *maps])
+        del fused, maps
         image, labels, properties = self.run_case_npy(  # type: ignore[attr-defined]
-            image, np.vstack([fused, *maps]), properties, plans_manager, configuration_manager,
-            dataset_json,
-        )  # fmt: skip
+            image, drawn, properties, plans_manager, configuration_manager, dataset_json
+        )
         sample = self._sample_foreground_locations  # type: ignore[attr-defined]
         classes = plans_manager.get_label_manager(dataset_json).foreground_labels
         self._labels, self._locations = labels.astype(np.int16), {}

@@ -11,11 +11,14 @@ import numpy as np
 
 from nnmosaic.planners.fingerprint import contents_of
 from nnmosaic.planners.ledger import resolved_configuration
+from nnmosaic.planners.plans_section import read_section
 
 BYTES_PER_VALUE = 4
 """Preprocessed images are float32, not counting that they are compressed."""
 WORKER_BYTES_PER_VOXEL = 110
 """Per channel, while nnU-Net preprocesses: 86 to 104 on CHAOS, see benchmarks/planning.py."""
+WORKER_BYTES_PER_VOXEL_AND_RATER = 16
+"""Per label map: (127 - 63) / 4 with four raters, against none, on a synthetic case."""
 WORKER_BYTES = 150e6
 """What else a worker may take for itself; its libraries are shared with the other workers."""
 MAX_WORKERS = 8
@@ -78,7 +81,10 @@ def default_workers(
         max(float(np.prod(shape)) for shape in fingerprint["shapes_after_crop"]),
         *(max(voxels_after_resampling(fingerprint, plans, c).values()) for c in configurations),
     )
-    one = WORKER_BYTES + largest * channels * WORKER_BYTES_PER_VOXEL
+    plan = read_section(plans).multirater
+    per_voxel = channels * WORKER_BYTES_PER_VOXEL
+    per_voxel += len(plan.raters) * WORKER_BYTES_PER_VOXEL_AND_RATER if plan else 0
+    one = WORKER_BYTES + largest * per_voxel
     return max(1, min(cores, int(free // one)))
 
 

@@ -5,10 +5,13 @@ TRAINERS = {
     "nnUNetTrainerSelfDisambiguation": "nnmosaic.trainers.self_disambiguation.trainer",
     "nnUNetTrainerContextReconstruction": "nnmosaic.trainers.context_reconstruction.trainer",
     "nnUNetTrainerSelfDisambiguationContext": "nnmosaic.trainers.self_disambiguation_context",
-    "nnUNetTrainerMultiRaterDiversified": "nnmosaic.trainers.multi_rater.trainer",
-    "nnUNetTrainerMultiRaterPersonalized": "nnmosaic.trainers.multi_rater.trainer",
+    "nnUNetTrainerMultiRaterDiversified": "nnmosaic.trainers.multi_rater.diversified",
+    "nnUNetTrainerMultiRaterPersonalized": "nnmosaic.trainers.multi_rater.personalized",
 }
 """Trainer class -> module. The names are in results folders and checkpoints: do not change them."""
+
+RATER_TRAINERS = ("nnUNetTrainerMultiRaterDiversified", "nnUNetTrainerMultiRaterPersonalized")
+"""Those that learn from the label maps of several raters."""
 
 FIRST_STAGE = {"nnUNetTrainerMultiRaterPersonalized": "nnUNetTrainerMultiRaterDiversified"}
 """Trainer class -> the one whose trained fold it starts from."""

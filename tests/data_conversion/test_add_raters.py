@@ -9,7 +9,7 @@ import pytest
 import SimpleITK
 
 from nnmosaic.data_conversion.add_raters import RaterDataset, add_raters, parse_raters
-from nnmosaic.data_conversion.dataset_json import read_dataset_json
+from nnmosaic.data_conversion.dataset_json import parse_dataset_json, read_dataset_json
 from nnmosaic.data_conversion.doctor import examine
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.raw_dataset import training_cases
@@ -155,6 +155,14 @@ def test_doctor_reads_every_rater(files: dict[str, Path], tmp_path: Path) -> Non
     assert "Case 'b' has no label map of A, B, C in labelsTr_raters" in texts
     assert "stray.nii.gz belongs to no case" in texts
     assert [finding.is_error for finding in found] == [False, True, True]
+
+
+def test_another_order_is_refused() -> None:
+    labels = {"background": 0, "ball": 1}
+    content = {"channel_names": {"0": "T1"}, "labels": labels, "file_ending": ".png"}
+    multirater = {"raters": ["A", "B"], "order": "area"}
+    with pytest.raises(InputError, match="can only be as_is, got 'area'"):
+        parse_dataset_json({**content, "numTraining": 1, "multirater": multirater})
 
 
 def test_an_unknown_identity_is_refused(files: dict[str, Path], tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 import SimpleITK
 
 from nnmosaic.pipeline.cli import main
+from nnmosaic.pipeline.run import _stages
+from nnmosaic.planners.plans_section import RunSettings
 
 pytestmark = pytest.mark.slow
 FIRST, SECOND = "nnUNetTrainerMultiRaterDiversified", "nnUNetTrainerMultiRaterPersonalized"
@@ -88,9 +90,10 @@ def test_everything_of_a_second_stage(both_stages: Path) -> None:
     assert (mean > 0).sum() > 100
     assert (label[mean > 0] > 0).mean() > 0.9
     latents = json.loads((output / "latents" / "case00.json").read_text())
-    assert len(latents) == 1
-    assert np.array(latents[0]["samples"]).shape == (4, 6)
-    assert np.array(latents[0]["raters"]).shape == (3, 6)
+    assert latents["raters"] == ["small", "exact", "large"]
+    (network,) = latents["networks"]
+    assert np.array(network["samples"]).shape == (4, 6)
+    assert np.array(network["raters"]).shape == (3, 6)
     assert not list(output.glob(".nnmosaic_partial*"))
 
 
@@ -122,6 +125,19 @@ def test_the_same_seed_gives_the_same_files(
         mean = found["probabilities"]
     np.testing.assert_allclose(mean.sum(0), 1, atol=1e-5)
     assert np.array_equal(mean.argmax(0), array(both_stages / "two" / "case03.nii.gz"))
+
+
+def test_nothing_is_left_of_other_masks(both_stages: Path) -> None:
+    output = both_stages / "out"
+    assert predict(both_stages, "out", "--raters", "all", "--samples", "2", "--uncertainty") == 0
+    (both_stages / "images" / "case00_0000.nii.gz").unlink()
+    assert predict(both_stages, "out", "--samples", "1", "--continue_prediction") == 0
+    left = {str(p.relative_to(output)) for p in output.rglob("*case03*") if p.is_file()}
+    assert left == {"case03.nii.gz", "latents/case03.json", "samples/000/case03.nii.gz"}
+    assert (output / "samples" / "001" / "case00.nii.gz").is_file()  # not asked for now
+    before = (output / "case03.nii.gz").stat().st_mtime_ns
+    assert predict(both_stages, "out", "--samples", "1", "--continue_prediction") == 0
+    assert (output / "case03.nii.gz").stat().st_mtime_ns == before
 
 
 def test_a_first_stage_gives_samples_and_no_raters(
@@ -163,15 +179,38 @@ def test_stage1_is_a_file_or_found(both_stages: Path, capsys: pytest.CaptureFixt
     assert train(FIRST, "1", "--stage1", str(moved)) == 2
     assert "has no first stage" in capsys.readouterr().err
     assert train(SECOND, "1", "--stage1", str(moved)) == 0
+    assert train(SECOND, "1", "--c", "--stage1", str(moved)) == 2
+    assert "--stage1 begins a training" in capsys.readouterr().err
+    assert train(SECOND, "1", "-pretrained_weights", str(moved)) == 2
+    assert f"Give the weights to {FIRST}" in capsys.readouterr().err
 
 
-def test_run_goes_through_both_stages(both_stages: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shutil.rmtree(next((both_stages / "nnUNet_results" / "Dataset008_Raters").glob(f"{SECOND}__*")))
+def test_run_gives_options_to_the_stage_that_has_them(
+    both_stages: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = _stages(SECOND, RunSettings(seed=1, options={"bound_weight": "1"}))
+    assert list(stages) == [FIRST, SECOND]
+    assert stages[FIRST].options == {"bound_weight": "1"}
+    assert stages[SECOND] == RunSettings(seed=1)
+    folders = ["-i", str(both_stages / "images"), "-o", str(both_stages / "out")]
+    run = ["run", "-d", "8", "-c", "3d_fullres", *folders, "-tr", SECOND]
+    assert main([*run, "--set", "bond_weight=1"]) == 2
+    assert "nor nnUNetTrainerMultiRaterPersonalized has an option" in capsys.readouterr().err
+    assert main([*run, "--minutes", "5", "--device", "cpu"]) == 2
+    assert "--minutes cannot plan" in capsys.readouterr().err
+
+
+def test_run_goes_through_both_stages(both_stages: Path) -> None:
+    results = both_stages / "nnUNet_results" / "Dataset008_Raters"
+    shutil.rmtree(next(results.glob(f"{SECOND}__*")))
+    first = next(results.glob(f"{FIRST}__*/fold_0/checkpoint_final.pth"))
+    before = first.stat().st_mtime_ns
     (both_stages / "images" / "case00_0000.nii.gz").unlink()
     folders = ["-i", str(both_stages / "images"), "-o", str(both_stages / "out")]
     short = ["--epochs", "1", "--val_iterations_per_epoch", "1", "--iterations_per_epoch"]
     run = ["run", "-d", "8", "-c", "3d_fullres", "-f", "0", *folders, "-tr", SECOND]
     assert main([*run, "--seed", "0", *short, "40"]) == 0  # as the first stage was trained
-    assert f"{FIRST}: fold 0 is finished" in caplog.text
+    assert first.stat().st_mtime_ns == before
+    assert next(results.glob(f"{SECOND}__*/fold_0/checkpoint_final.pth"))
     for folder in ("raters/small", "samples/015", "entropy", "."):
         assert (both_stages / "out" / folder / "case03.nii.gz").is_file()

@@ -12,13 +12,12 @@ import pytest
 import torch
 
 import nnmosaic.trainers.ext_trainer
-from nnmosaic.trainers import FIRST_STAGE, TRAINERS
+from nnmosaic.trainers import FIRST_STAGE, RATER_TRAINERS, TRAINERS
 from nnmosaic.trainers.lookup import trainer_class
 
 SHIM = Path(nnmosaic.trainers.ext_trainer.__file__).parent / "nnmosaic_trainers.py"
 DATASETS = ("Dataset004_Balls", "Dataset007_Merged")
 OF_RATERS = "Dataset008_Raters"
-RATER_TRAINERS = {*FIRST_STAGE, *FIRST_STAGE.values()}
 each_trainer = pytest.mark.parametrize("name", list(TRAINERS))
 each_trainer_and_dataset = pytest.mark.parametrize(
     ("name", "dataset"),

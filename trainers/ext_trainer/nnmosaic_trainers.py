@@ -2,10 +2,8 @@
 
 from nnmosaic.trainers.base import nnUNetTrainerMosaic
 from nnmosaic.trainers.context_reconstruction.trainer import nnUNetTrainerContextReconstruction
-from nnmosaic.trainers.multi_rater.trainer import (
-    nnUNetTrainerMultiRaterDiversified,
-    nnUNetTrainerMultiRaterPersonalized,
-)
+from nnmosaic.trainers.multi_rater.diversified import nnUNetTrainerMultiRaterDiversified
+from nnmosaic.trainers.multi_rater.personalized import nnUNetTrainerMultiRaterPersonalized
 from nnmosaic.trainers.self_disambiguation.trainer import nnUNetTrainerSelfDisambiguation
 from nnmosaic.trainers.self_disambiguation_context import nnUNetTrainerSelfDisambiguationContext
 

@@ -7,6 +7,7 @@ import blosc2
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
+from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.planners.preprocessing import rater_folder
 
 
@@ -33,8 +34,20 @@ class RaterDataset(nnUNetDatasetBlosc2):
         return data, labels, previous, properties
 
     def available(self, identifier: str) -> np.ndarray:
-        """Return who annotated a case, bool, shape (R,)."""
-        with np.load(self._file(identifier, ".npz")) as found:
+        """Return who annotated a case, bool, shape (R,).
+
+        Raises
+        ------
+        InputError
+            If the case was preprocessed without raters.
+        """
+        path = self._file(identifier, ".npz")
+        if not path.is_file():
+            raise InputError(
+                f"{path} does not exist: the label maps of the raters were not preprocessed. Run "
+                "nnmosaic plan_and_preprocess again."
+            )
+        with np.load(path) as found:
             available: np.ndarray = found["available"]
         return available
 

@@ -30,6 +30,10 @@ from nnmosaic.trainers.multi_rater.set_metrics import (
 )
 from nnmosaic.trainers.multi_rater.wanted_masks import RATERS, SAMPLES
 
+READERS = 4
+"""Threads that read the files of a case, one case at a time: the maps of two may not fit into
+memory, and each file is a volume in single precision meanwhile."""
+
 
 @dataclass(frozen=True)
 class _Files:
@@ -56,7 +60,9 @@ class _Files:
     personalised: bool
 
 
-def evaluate_raters(references: Path, predictions: Path, dataset: DatasetJson) -> dict[str, Any]:
+def evaluate_raters(
+    references: Path, predictions: Path, dataset: DatasetJson, *, read_probabilities: bool = True
+) -> dict[str, Any]:
     """Score every predicted case that a rater annotated.
 
     A class that neither side shows has Dice and IoU 1. Values that are undefined are NaN, and left
@@ -72,6 +78,8 @@ def evaluate_raters(references: Path, predictions: Path, dataset: DatasetJson) -
         ("probabilities", shape (K, *spatial), mean over samples). What one case has, all must.
     dataset : DatasetJson
         Of the references; with exclusive, complete classes.
+    read_probabilities : bool
+        Look at ``CASE.npz``; not where they belong to another prediction than the samples.
 
     Returns
     -------
@@ -103,8 +111,10 @@ def evaluate_raters(references: Path, predictions: Path, dataset: DatasetJson) -
         grid or hold other values than the classes.
     """
     _check_dataset(dataset)
-    found, not_predicted = _find_files(references, predictions, dataset)
-    with ThreadPoolExecutor() as pool:  # for files: the maps of two cases may not fit into memory
+    found, not_predicted = _find_files(
+        references, predictions, dataset, read_probabilities=read_probabilities
+    )
+    with ThreadPoolExecutor(READERS) as pool:
         cases = [_score_case(files, dataset, pool) for files in found]
     personalised = found[0].personalised
     summary: dict[str, Any] = {
@@ -140,7 +150,7 @@ def _check_dataset(dataset: DatasetJson) -> None:
 
 
 def _find_files(
-    references: Path, predictions: Path, dataset: DatasetJson
+    references: Path, predictions: Path, dataset: DatasetJson, *, read_probabilities: bool
 ) -> tuple[list[_Files], list[str]]:
     """Return the files of each case to score, and the annotated cases without a prediction."""
     ending = dataset.file_ending
@@ -160,7 +170,9 @@ def _find_files(
             f"{predictions} and the folders of {references} have no {ending} file in common. Give "
             "the raters' label maps of the predicted cases."
         )
-    probabilities = any((predictions / f"{case}.npz").is_file() for case in cases.values())
+    probabilities = read_probabilities and any(
+        (predictions / f"{case}.npz").is_file() for case in cases.values()
+    )
     found = []
     for name, case in cases.items():
         raters = tuple(rater for rater in dataset.raters if name in drawn.get(rater, ()))
@@ -185,7 +197,8 @@ def _check_complete(files: _Files, predictions: Path) -> None:
         if not path.is_file():
             raise InputError(
                 f"{path} does not exist, but {predictions} has other predictions of this case or "
-                "kind. Predict the case again, or move away what is left of it."
+                "kind. Predict the case again (the masks of raters: with --raters all), or move "
+                "away what is left of it."
             )
 
 

@@ -12,17 +12,20 @@ from nnunetv2.inference.export_prediction import (
 from torch import Tensor
 
 from nnmosaic.data_conversion.atomic_write import write_json
-from nnmosaic.trainers.multi_rater.wanted_masks import LATENTS, RATERS, SAMPLES
-
-MAPS = ("entropy", "mutual_information", "variance")
-"""Of the mean prediction; the part of it on which samples differ; of the foreground classes, summed
-over them. In nats, and in squares of probabilities."""
+from nnmosaic.trainers.multi_rater.wanted_masks import LATENTS, MAPS
 
 
 class SpreadOfMasks:
-    """Mean of probabilities, and how far they differ; takes one volume at a time."""
+    """Mean of probabilities, and how far they differ; takes one volume at a time.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    with_maps : bool
+        Whether `maps` will be asked for.
+    """
+
+    def __init__(self, *, with_maps: bool) -> None:
+        self.with_maps = with_maps
         self.number = 0
         self._sum: Any = 0.0
         self._squares: Any = 0.0
@@ -32,8 +35,9 @@ class SpreadOfMasks:
         """Take one sample, shape (K, *spatial), background first."""
         self.number += 1
         self._sum = self._sum + probabilities
-        self._squares = self._squares + np.square(probabilities[1:]).sum(0)
-        self._entropies = self._entropies + _entropy(probabilities)
+        if self.with_maps:
+            self._squares = self._squares + np.square(probabilities[1:]).sum(0)
+            self._entropies = self._entropies + _entropy(probabilities)
 
     @property
     def mean(self) -> np.ndarray:
@@ -72,14 +76,28 @@ class CaseWriter:
         For its managers.
     properties : dict
         Of the preprocessed image.
+    mean_of : {"samples", "raters"}, optional
+        The masks whose mean is ``CASE``.
+    uncertainty : bool
+        Whether `MAPS` of these masks are written.
     """
 
-    def __init__(self, folder: Path, case: str, predictor: Any, properties: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        case: str,
+        predictor: Any,
+        properties: dict[str, Any],
+        *,
+        mean_of: str | None = None,
+        uncertainty: bool = False,
+    ) -> None:
         self.folder, self.case = folder, case
         self.predictor, self.properties = predictor, properties
         self.ending: str = predictor.dataset_json["file_ending"]
         self.writer = predictor.plans_manager.image_reader_writer_class()
-        self.spread = {RATERS: SpreadOfMasks(), SAMPLES: SpreadOfMasks()}
+        self.mean_of = mean_of
+        self.spread = SpreadOfMasks(with_maps=uncertainty)
 
     def add(self, kind: str, name: str, logits: Tensor) -> None:
         """Write one mask, on the grid of the image.
@@ -90,41 +108,40 @@ class CaseWriter:
         logits : Tensor, shape (C, Z, Y, X)
             On the grid of the plan.
         """
-        labels, probabilities = convert_predicted_logits_to_segmentation_with_correct_shape(
+        counts = kind == self.mean_of
+        found = convert_predicted_logits_to_segmentation_with_correct_shape(
             logits.float(),
             self.predictor.plans_manager,
             self.predictor.configuration_manager,
             self.predictor.label_manager,
             self.properties,
-            return_probabilities=True,
+            return_probabilities=counts,
             num_threads_torch=torch.get_num_threads(),
         )
-        self.spread[kind].add(probabilities)
+        labels = found[0] if counts else found
+        if counts:
+            self.spread.add(found[1])
         self._write(labels, self.folder / kind / name)
 
-    def finish(
-        self, latents: Any, *, uncertainty: bool = False, save_probabilities: bool = False
-    ) -> None:
-        """Write the mean over the samples, or else over the raters, and what else is asked for.
+    def finish(self, latents: Any, *, save_probabilities: bool = False) -> None:
+        """Write the mean, and what else is asked for.
 
         Parameters
         ----------
         latents
             Goes to ``latents/CASE.json``.
-        uncertainty : bool
-            Write `MAPS` of the samples.
         save_probabilities : bool
-            Write ``CASE.npz`` with the mean probabilities, as nnU-Net does.
+            Write ``CASE.npz`` with the mean probabilities, under nnU-Net's name for them.
         """
-        spread = self.spread[SAMPLES] if self.spread[SAMPLES].number else self.spread[RATERS]
-        mean = spread.mean
+        mean = self.spread.mean
         (self.folder / LATENTS).mkdir(parents=True, exist_ok=True)
         write_json(latents, self.folder / LATENTS / f"{self.case}.json")
-        for name, values in spread.maps().items() if uncertainty else ():
+        for name, values in self.spread.maps().items() if self.spread.with_maps else ():
             self._write_map(values, self.folder / name)
         if save_probabilities:
             np.savez_compressed(self.folder / f"{self.case}.npz", probabilities=mean)
-        self._write(mean.argmax(0).astype(np.uint8), self.folder)
+        labels = mean.argmax(0)
+        self._write(labels.astype(np.uint8 if len(mean) < 256 else np.uint16), self.folder)
 
     def _write(self, labels: np.ndarray, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,11 +156,7 @@ class CaseWriter:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.case}{self.ending}"
         if "nibabel_stuff" in self.properties:
-            import nibabel
-
-            stuff = self.properties["nibabel_stuff"]
-            affine = stuff.get("reoriented_affine", stuff["original_affine"])
-            nibabel.save(nibabel.Nifti1Image(values.transpose(2, 1, 0), affine), path)
+            _write_nifti(values, path, self.properties["nibabel_stuff"])
             return
         geometry = self.properties.get("sitk_stuff")
         if geometry is None:
@@ -154,4 +167,19 @@ class CaseWriter:
         image.SetSpacing(geometry["spacing"])
         image.SetOrigin(geometry["origin"])
         image.SetDirection(geometry["direction"])
+        if "original_orientation" in geometry:  # nnU-Net's reader had turned the image
+            image = SimpleITK.DICOMOrient(image, geometry["original_orientation"])
         SimpleITK.WriteImage(image, str(path), True)
+
+
+def _write_nifti(values: np.ndarray, path: Path, geometry: dict[str, Any]) -> None:
+    import nibabel
+    from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+
+    original = geometry["original_affine"]
+    image = nibabel.Nifti1Image(
+        values.transpose(2, 1, 0), geometry.get("reoriented_affine", original)
+    )
+    if "reoriented_affine" in geometry:  # to RAS by nnU-Net's reader, and now back
+        image = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), io_orientation(original)))
+    nibabel.save(image, path)

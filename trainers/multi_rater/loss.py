@@ -9,9 +9,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-SMALLEST_DENOMINATOR = 1e-6
+SMALLEST_DENOMINATOR = SMALLEST_PROBABILITY = 1e-6
 
 
 def gaussian_kl(
@@ -83,11 +82,12 @@ def bound_loss(
     dice = torch.cat([batch_dice(highest, outer.float()), batch_dice(lowest, inner.float())])
     loss = 1 - dice.mean()
     if cross_entropy:
+        # torch's own refuses to run under autocast.
         terms = [
-            functional.binary_cross_entropy(p.clamp(0, 1), t.float())
-            for p, t in ((highest, outer), (lowest, inner))
+            torch.where(mask, p, 1 - p).clamp_min(SMALLEST_PROBABILITY).log().mean()
+            for p, mask in ((highest, outer), (lowest, inner))
         ]
-        loss = loss + cross_entropy * (terms[0] + terms[1]) / 2
+        loss = loss - cross_entropy * (terms[0] + terms[1]) / 2
     return loss
 
 

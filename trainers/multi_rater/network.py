@@ -277,7 +277,6 @@ class MultiRaterNet(nn.Module):
         annotated: Tensor | None = None,
         noise: Tensor | None = None,
         bank: Tensor | None = None,
-        raters: Sequence[int] | None = None,
     ) -> Any:
         """Return logits for one code; or what a stage learns from.
 
@@ -290,8 +289,6 @@ class MultiRaterNet(nn.Module):
             Standard normal: first for the posterior, the rest for samples from the prior.
         bank : Tensor, optional, shape (N, B, latent)
             Standard normal, for the bank of codes from the prior: the second stage.
-        raters : sequence of int, optional
-            Whose masks the second stage needs; default: all.
 
         Returns
         -------
@@ -305,7 +302,7 @@ class MultiRaterNet(nn.Module):
         if bank is not None:
             with torch.no_grad():
                 features, codes = self.features(x), self.prior(x).sample(bank)
-            own = attend(self.queries(features[0], raters), codes)
+            own = attend(self.queries(features[0]), codes)
             return self.decoder.seg_layers[-1](features[0], own)
         features = self.features(x)
         if self._codes is not None:
@@ -321,7 +318,6 @@ class MultiRaterNet(nn.Module):
             )
         return self.logits(features, self.prior(x).mean)
 
-    def queries(self, features: Tensor, raters: Sequence[int] | None = None) -> Tensor:
+    def queries(self, features: Tensor) -> Tensor:
         """Return the query of each rater, shape (R, B, latent), from full-resolution features."""
-        chosen = self.heads if raters is None else [self.heads[r] for r in raters]
-        return torch.stack([head(features) for head in chosen])
+        return torch.stack([head(features) for head in self.heads])

@@ -28,7 +28,14 @@ MOST_VALUES = 2**27
 
 @dataclass(frozen=True)
 class _Opinion:
-    """What one network of the ensemble says for a case: codes of shape (number, latent)."""
+    """What one network of the ensemble says for a case.
+
+    Attributes
+    ----------
+    mean, sigma : Tensor, shape (latent,)
+    samples, raters : Tensor, shape (number, latent)
+        Codes.
+    """
 
     mean: Tensor
     sigma: Tensor
@@ -56,14 +63,14 @@ class RaterPredictor:
         self.plan = rater_plan(predictor.plans_manager.plans)
         self.wanted = wanted.of(self.plan, predictor.trainer_name)
         self.network: MultiRaterNet = plain_network(predictor.network)
-        self.latents: list[dict[str, Any]] = []
+        self.latents: dict[str, Any] = {}
 
     def logits(self, data: Tensor, case: str) -> Iterator[tuple[str, str, Tensor]]:
         """Yield `RATERS` or `SAMPLES`, rater or number ("000", ...), and logits, (C, Z, Y, X).
 
         Masks of raters are averaged over the networks of the ensemble, whose codes mean different
-        things: each sample comes from one of them. ``latents`` then holds mean, sigma and codes of
-        each network.
+        things: each sample comes from one of them. ``latents`` then holds the seed, and mean, sigma
+        and codes of each network.
 
         Parameters
         ----------
@@ -73,10 +80,15 @@ class RaterPredictor:
             Its name.
         """
         opinions = [self._opinion(fold, data, case) for fold in range(self._networks)]
-        self.latents = [
-            {name: value.tolist() for name, value in vars(opinion).items()} for opinion in opinions
-        ]
         wanted = self.wanted
+        self.latents = {
+            "seed": wanted.seed,
+            "raters": list(wanted.raters),
+            "networks": [
+                {name: value.tolist() for name, value in vars(opinion).items()}
+                for opinion in opinions
+            ],
+        }
         for names in self._chunks(wanted.raters, data):
             rows = [wanted.raters.index(name) for name in names]
             total: Any = 0
@@ -110,7 +122,7 @@ class RaterPredictor:
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _opinion(self, fold: int, data: Tensor, case: str) -> _Opinion:
-        """Return the codes of a network: every tile counts the same, and no two overlap much."""
+        """Return the codes of a network; every tile counts the same, with the fewest tiles."""
         self._load(fold)
         device = self.predictor.device
         network = self.network.to(device).eval()

@@ -4,10 +4,13 @@ from dataclasses import dataclass, replace
 
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.planners.plans_section import RaterPlan
-from nnmosaic.trainers import FIRST_STAGE
+from nnmosaic.trainers import FIRST_STAGE, RATER_TRAINERS
 
 RATERS, SAMPLES, LATENTS = "raters", "samples", "latents"
 """Folders of masks, as RATER/CASE and 000/CASE, and of the codes that they were made with."""
+MAPS = ("entropy", "mutual_information", "variance")
+"""Of the mean of the samples; the part of it on which they differ (nats); and their variance,
+summed over the foreground classes."""
 ALL = "all"
 
 
@@ -46,10 +49,10 @@ class WantedMasks:
         InputError
             If the model cannot predict them.
         """
-        if trainer not in {*FIRST_STAGE, *FIRST_STAGE.values()}:
+        if trainer not in RATER_TRAINERS:
             raise InputError(
                 f"{trainer} knows no raters: --raters, --samples and --uncertainty are for models "
-                f"of {' and '.join([*FIRST_STAGE.values(), *FIRST_STAGE])}."
+                f"of {' and '.join(RATER_TRAINERS)}."
             )
         if self.raters and trainer not in FIRST_STAGE:
             raise InputError(
@@ -70,6 +73,6 @@ def masks_of_a_run(trainer: str) -> WantedMasks | None:
     """Return what ``nnmosaic run`` predicts with a trainer; None: what plain nnU-Net does."""
     if trainer in FIRST_STAGE:
         return WantedMasks((ALL,), samples=16, uncertainty=True)
-    if trainer in FIRST_STAGE.values():
+    if trainer in RATER_TRAINERS:
         return WantedMasks(samples=16, uncertainty=True)
     return None

@@ -211,3 +211,17 @@ def test_the_posterior_sees_masks_and_who_is_there(labels: Tensor, available: Te
         assert torch.equal(masks.bool(), (labels == k) & available[:, :, None, None])
     assert torch.equal(seen[:, -4:].amin((2, 3)), available.float())
     assert torch.equal(seen, posterior_input(data, spoilt(labels, available), available, CLASSES))
+
+
+def test_the_cross_entropy_of_the_bound_is_torchs(
+    probabilities: Tensor, labels: Tensor, available: Tensor
+) -> None:
+    both = [bound_loss(probabilities, labels, available, cross_entropy=w) for w in (0.0, 2.0)]
+    several = available.sum(1) > 1
+    outer, inner = union_and_intersection(labels[several], available[several], CLASSES)
+    extremes = probabilities[:, several, 1:].float()
+    entropy = torch.nn.functional.binary_cross_entropy
+    expected = (
+        entropy(extremes.amax(0), outer.float()) + entropy(extremes.amin(0), inner.float())
+    ) / 2
+    torch.testing.assert_close(both[1] - both[0], 2 * expected, rtol=1e-4, atol=1e-5)

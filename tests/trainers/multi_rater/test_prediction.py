@@ -1,16 +1,21 @@
 """One opinion per case (spec 7.8, invariants 12 - 14)."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK
 import torch
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 from scipy.stats import entropy
+from skimage import io
 
-from nnmosaic.trainers.multi_rater.export import SpreadOfMasks
+from nnmosaic.trainers.multi_rater.export import CaseWriter, SpreadOfMasks
+from nnmosaic.trainers.multi_rater.personalized import nnUNetTrainerMultiRaterPersonalized
 from nnmosaic.trainers.multi_rater.prediction import RaterPredictor
-from nnmosaic.trainers.multi_rater.trainer import nnUNetTrainerMultiRaterPersonalized
 from nnmosaic.trainers.multi_rater.wanted_masks import WantedMasks
 from nnmosaic.trainers.predictor import MosaicPredictor
 
@@ -43,7 +48,7 @@ def test_one_tile_is_the_direct_forward(predictor: Any) -> None:
     raters = RaterPredictor(predictor, WantedMasks(("large", "small"), samples=2))
     found = {name: logits.float() for _, name, logits in raters.logits(image, "case")}
     network = predictor.network.eval()
-    (latents,) = raters.latents
+    (latents,) = raters.latents["networks"]
     with torch.no_grad():
         prior = network.prior(image[None])
         torch.testing.assert_close(torch.tensor(latents["mean"]), prior.mean[0])
@@ -86,16 +91,56 @@ def test_folds_share_the_samples_and_average_the_raters(predictor: Any) -> None:
     raters = RaterPredictor(predictor, WantedMasks(("exact",), samples=3))
     together = {name: logits for _, name, logits in raters.logits(image, "case")}
     assert list(together) == ["exact", "000", "001", "002"]
-    assert [len(latents["samples"]) for latents in raters.latents] == [2, 1]
+    assert [len(latents["samples"]) for latents in raters.latents["networks"]] == [2, 1]
     torch.testing.assert_close(together["000"], alone[0]["samples/000"])
-    first = alone[0]["raters/exact"]
-    assert not torch.equal(first, together["exact"])  # the other fold counts, too
+    both = [
+        raters._predict(fold, image, raters._opinion(fold, image, "case").raters)[0]
+        for fold in (0, 1)
+    ]
+    assert not torch.equal(*both)
+    torch.testing.assert_close(together["exact"], (both[0] + both[1]) / 2, rtol=1e-2, atol=1e-3)
+
+
+def write_map(path: Path, properties: dict[str, Any], values: np.ndarray) -> None:
+    writer = CaseWriter.__new__(CaseWriter)
+    writer.properties, writer.ending = properties, "".join(path.suffixes)
+    writer.case = path.name.removesuffix(writer.ending)
+    writer._write_map(values, path.parent)
+
+
+@pytest.mark.parametrize(
+    "reader", [SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorient]
+)
+def test_a_map_lies_on_its_image(reader: type, tmp_path: Path) -> None:
+    direction = SimpleITK.DICOMOrientImageFilter.GetDirectionCosinesFromOrientation("PIR")
+    values = np.random.default_rng(0).random((7, 6, 5), np.float32)
+    image = SimpleITK.GetImageFromArray(values)
+    image.SetDirection(direction)
+    image.SetSpacing((1.0, 2.0, 3.0))
+    image.SetOrigin((4.0, -5.0, 6.0))
+    SimpleITK.WriteImage(image, str(tmp_path / "image.nii.gz"))
+    array, properties = reader().read_images([str(tmp_path / "image.nii.gz")])
+    write_map(tmp_path / "map.nii.gz", properties, array[0])
+    found = SimpleITK.ReadImage(str(tmp_path / "map.nii.gz"))
+    np.testing.assert_allclose(SimpleITK.GetArrayFromImage(found), values, rtol=1e-6)
+    for one, other in (
+        (found.GetSpacing(), image.GetSpacing()),
+        (found.GetOrigin(), image.GetOrigin()),
+        (found.GetDirection(), image.GetDirection()),
+    ):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_the_map_of_a_photograph_is_a_tiff(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((1, 6, 5), np.float32)
+    write_map(tmp_path / "photo.png", {"spacing": (999, 1, 1)}, values)
+    np.testing.assert_array_equal(io.imread(tmp_path / "photo.tif"), values[0])
 
 
 def test_the_spread_is_that_of_the_samples() -> None:
     rng = np.random.default_rng(0)
     samples = rng.dirichlet(np.ones(3), (5, 4, 6)).transpose(0, 3, 1, 2)  # (S, K, 4, 6)
-    spread = SpreadOfMasks()
+    spread = SpreadOfMasks(with_maps=True)
     for one in samples:
         spread.add(one)
     mean = samples.mean(0)

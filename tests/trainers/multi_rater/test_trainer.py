@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nnmosaic.data_conversion.errors import InputError
-from nnmosaic.trainers.multi_rater.trainer import (
-    nnUNetTrainerMultiRaterDiversified,
+from nnmosaic.trainers.multi_rater.diversified import nnUNetTrainerMultiRaterDiversified
+from nnmosaic.trainers.multi_rater.personalized import (
     nnUNetTrainerMultiRaterPersonalized,
     stage1_checkpoint,
 )
@@ -47,9 +47,10 @@ def absent_filled(batch: dict[str, Any], available: torch.Tensor, value: int) ->
 
 
 def gradients(trainer: Any, batch: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
+    """Return the gradients of a step that changes nothing."""
     torch.manual_seed(seed)
-    trainer.network.zero_grad(set_to_none=True)
-    sum(trainer._first_pass(batch).values()).backward()
+    trainer.optimizer.step = lambda: None
+    trainer.train_step(batch)
     return {n: p.grad for n, p in trainer.network.named_parameters() if p.grad is not None}
 
 
@@ -69,6 +70,8 @@ def test_a_step_of_the_first_stage_has_all_terms(first: Any) -> None:
     assert set(terms) == {"loss", "segmentation", "kl", "bound"}
     assert terms["loss"] == pytest.approx(terms["segmentation"] + terms["kl"] + terms["bound"])
     assert not any(p.requires_grad for p in first.network.heads.parameters())
+    first.bound_cross_entropy, first.rater_draw = 1.0, "balanced"
+    assert first.train_step(batch)["bound"] > 0
     first.energy_weight, first.bound_weight = 0.5, 0.0
     assert set(first.train_step(batch)) == {"loss", "segmentation", "kl", "energy"}
     first.energy_weight = 0.0
