@@ -88,6 +88,7 @@ class nnUNetTrainerMaskedSigmoid(_OtherLoss):
 class nnUNetTrainerRandomRater(MultiRaterTrainer):
     """Plain nnU-Net that learns the mask of one rater in each sample, drawn anew each time."""
 
+    trains_heads = False
     build_network_architecture = staticmethod(nnUNetTrainerMosaic.build_network_architecture)
     perform_actual_validation = nnUNetTrainerMosaic.perform_actual_validation
 

@@ -142,6 +142,11 @@ class DatasetJson:
     full_labels: Mapping[str, int] = field(default_factory=dict)
 
     @property
+    def rater_identity(self) -> str:
+        """One of `IDENTITIES`."""
+        return str(self.content.get("multirater", {}).get("identity", IDENTITIES[0]))
+
+    @property
     def foreground(self) -> tuple[str, ...]:
         """Names of the classes, without the background, in the order of their integers."""
         return tuple(

@@ -104,10 +104,9 @@ def predict(
             step_size=step_size,
             mirroring=mirroring,
         )
-        run = _Run(dataset, predictor, output, save_probabilities, previous_stage)
-        if masks is not None:
-            run = _RaterRun(run, masks)
-        _begin_output(output, model, made_with, cases)
+        what = (dataset, predictor, output, save_probabilities, previous_stage)
+        run = _Run(*what) if masks is None else _RaterRun(*what, masks=masks)
+        _begin_output(output, model, made_with, cases, dataset.file_ending)
         failures.update(run.all_cases(cases, workers or min(4, os.cpu_count() or 1)))
     _write_failures(failures, output)
     return failures
@@ -142,17 +141,19 @@ def _is_predicted(case: Case, output: Path, suffixes: Sequence[str]) -> bool:
 
 
 def _begin_output(
-    output: Path, model: Path, made_with: dict[str, Any], cases: Sequence[Case]
+    output: Path, model: Path, made_with: dict[str, Any], cases: Sequence[Case], ending: str
 ) -> None:
     """Make the folder say what its files are made with, after removing those made otherwise."""
     output.mkdir(parents=True, exist_ok=True)
     if not _was_made_with(made_with, output):
-        folders = [output, *(output / name for name in (LATENTS, *MAPS))]
-        folders += [folder for kind in (RATERS, SAMPLES) for folder in (output / kind).glob("*/")]
-        names = {case.identifier for case in cases}
-        for path in (path for folder in folders if folder.is_dir() for path in folder.iterdir()):
-            if path.is_file() and path.name.partition(".")[0] in names:
-                path.unlink()
+        suffixes = {output: (ending, ".npz", ".pkl"), output / LATENTS: (".json",)}
+        suffixes |= {output / name: (ending, ".tif") for name in MAPS}
+        for kind in (RATERS, SAMPLES):
+            suffixes |= dict.fromkeys((output / kind).glob("*/"), (ending,))
+        for case in cases:
+            for folder, ends in suffixes.items():
+                for end in ends:
+                    (folder / f"{case.identifier}{end}").unlink(missing_ok=True)
     write_json(made_with, output / MADE_WITH)
     for name in ("dataset.json", "plans.json"):  # for ensemble, and nnU-Net's own tools
         shutil.copyfile(model / name, output / name)
@@ -269,10 +270,10 @@ class _Run:
 class _RaterRun(_Run):
     """The same for masks of raters, and samples."""
 
-    def __init__(self, run: _Run, masks: WantedMasks) -> None:
+    def __init__(self, *what: Any, masks: WantedMasks) -> None:
         from nnmosaic.trainers.multi_rater.prediction import RaterPredictor
 
-        self.__dict__.update(run.__dict__)
+        super().__init__(*what)
         self.masks, self.raters = masks, RaterPredictor(self.predictor, masks)
 
     def predicted(self, case: Case, data: Any, properties: dict[str, Any]) -> Callable[[], None]:

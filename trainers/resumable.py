@@ -75,6 +75,8 @@ class ResumableTrainer(nnUNetTrainer):
     save_every: int
     dataset_class: Any
 
+    default_epochs: int | None = None
+    """Of a method that needs others than nnU-Net's 1000."""
     seconds_between_checkpoints: float = 600.0
     adamw_initial_lr: float = 1e-3
     """AdamW's rate where neither plans nor command give one (that of nnU-Net's Adam variants)."""
@@ -107,7 +109,7 @@ class ResumableTrainer(nnUNetTrainer):
         settings = self.run_settings
         for name, value in parse_options(type(self), settings.options or {}).items():
             setattr(self, name, value)
-        self.num_epochs = settings.epochs or self.num_epochs
+        self.num_epochs = settings.epochs or self.default_epochs or self.num_epochs
         self.num_iterations_per_epoch = (
             settings.iterations_per_epoch or self.num_iterations_per_epoch
         )

@@ -131,7 +131,10 @@ def test_nothing_is_left_of_other_masks(both_stages: Path) -> None:
     output = both_stages / "out"
     assert predict(both_stages, "out", "--raters", "all", "--samples", "2", "--uncertainty") == 0
     (both_stages / "images" / "case00_0000.nii.gz").unlink()
+    notes = output / "case03.txt"
+    notes.write_text("not ours")
     assert predict(both_stages, "out", "--samples", "1", "--continue_prediction") == 0
+    notes.unlink()  # it was left alone
     left = {str(p.relative_to(output)) for p in output.rglob("*case03*") if p.is_file()}
     assert left == {"case03.nii.gz", "latents/case03.json", "samples/000/case03.nii.gz"}
     assert (output / "samples" / "001" / "case00.nii.gz").is_file()  # not asked for now

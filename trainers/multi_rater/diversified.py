@@ -3,9 +3,8 @@
 from typing import Any, ClassVar, Literal
 
 import torch
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from nnmosaic.trainers.multi_rater.loss import (
@@ -20,7 +19,7 @@ from nnmosaic.trainers.multi_rater.network import Diversified
 from nnmosaic.trainers.multi_rater.trainer import MultiRaterTrainer
 from nnmosaic.trainers.multi_rater.wanted_masks import WantedMasks
 
-EPOCHS, VALIDATION_SAMPLES = 200, 10
+VALIDATION_SAMPLES = 10
 
 
 class nnUNetTrainerMultiRaterDiversified(MultiRaterTrainer):
@@ -47,32 +46,8 @@ class nnUNetTrainerMultiRaterDiversified(MultiRaterTrainer):
     rater_draw: Literal["uniform", "balanced"] = "uniform"
     """Which rater is learnt: any who annotated the case, or more often those with few cases."""
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int | str,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 - the signature is nnU-Net's
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = EPOCHS
-
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """Return the network; the heads of the raters wait for the second stage."""
-        network = MultiRaterTrainer.build_network_architecture(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels,
-            enable_deep_supervision,
-        )  # fmt: skip
-        network.heads.requires_grad_(False)
-        return network
+    trains_heads = False
+    default_epochs = 200
 
     def _terms(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Diversified]:
         labels, available = self._annotations(batch)

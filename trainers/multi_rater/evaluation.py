@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from nnmosaic.data_conversion.case_check import read_image, read_label, reader_of
-from nnmosaic.data_conversion.dataset_json import IDENTITIES, DatasetJson
+from nnmosaic.data_conversion.dataset_json import DatasetJson
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.raw_dataset import RATERS_FOLDER, Case
 from nnmosaic.trainers.multi_rater.set_metrics import (
@@ -118,7 +118,7 @@ def evaluate_raters(
         cases = [_score_case(files, dataset, pool) for files in found]
     personalised = found[0].personalised
     summary: dict[str, Any] = {
-        "identity": dataset.content["multirater"].get("identity", IDENTITIES[0]),
+        "identity": dataset.rater_identity,
         "n_cases": len(cases),
         "not_predicted": not_predicted,
         "raters": _summarise_raters(cases, dataset.raters, personalised=personalised),

@@ -1,12 +1,14 @@
 """Second stage for many raters (multi_rater_personalization.md, 3)."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import Tensor, nn
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor
 
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.planners.plans_section import rater_plan
@@ -16,7 +18,6 @@ from nnmosaic.trainers.multi_rater.trainer import MultiRaterTrainer
 from nnmosaic.trainers.multi_rater.wanted_masks import WantedMasks
 from nnmosaic.trainers.resumable import plain_network
 
-EPOCHS = 50
 FIRST = FIRST_STAGE["nnUNetTrainerMultiRaterPersonalized"]
 
 
@@ -26,37 +27,17 @@ class nnUNetTrainerMultiRaterPersonalized(MultiRaterTrainer):
     It trains for 50 epochs (7.5), unless told otherwise.
     """
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int | str,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 - the signature is nnU-Net's
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = EPOCHS
-        self.enable_deep_supervision = False
-        self.stage1_file: Path | None = None
-        self._stage1: dict[str, str] = {}
-        self._idle: list[int] = []
+    trains_heads = True
+    default_epochs = 50
 
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """Return the network, of which only the heads of the raters learn."""
-        network = MultiRaterTrainer.build_network_architecture(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels,
-            enable_deep_supervision,
-        )  # fmt: skip
-        network.requires_grad_(False)
-        network.heads.requires_grad_(True)
-        return network
+    stage1_file: Path | None = None
+    _stage1: Mapping[str, str] = MappingProxyType({})
+    _idle: Sequence[int] = ()
+
+    def initialize(self) -> None:
+        """Initialise for one output, at full resolution."""
+        self.enable_deep_supervision = False
+        super().initialize()
 
     def on_train_start(self) -> None:
         """Load the first stage before any data, unless a checkpoint has brought it."""
@@ -81,7 +62,7 @@ class nnUNetTrainerMultiRaterPersonalized(MultiRaterTrainer):
 
     def method_state(self) -> dict[str, Any]:
         """Add which first stage this is made from."""
-        return {**super().method_state(), "stage1": self._stage1}
+        return {**super().method_state(), "stage1": dict(self._stage1)}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Restore which first stage this is made from."""

@@ -1,7 +1,8 @@
 """What the two stages for many raters share (multi_rater_personalization.md, 7.5)."""
 
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -28,18 +29,13 @@ class MultiRaterTrainer(nnUNetTrainerMosaic):
     By itself the network answers with the prior's mean, so that nnU-Net's tools predict with it.
     """
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int | str,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 - the signature is nnU-Net's
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.rater_plan: RaterPlan = rater_plan(plans)
-        self._refuse_what_raters_cannot_have()
-        self._available: dict[str, Tensor] = {}
+    trains_heads: ClassVar[bool]
+    """Whether the heads of the raters learn, or all the rest."""
+
+    @cached_property
+    def rater_plan(self) -> RaterPlan:
+        """What the plans say of raters."""
+        return rater_plan(self.plans_manager.plans)
 
     def _refuse_what_raters_cannot_have(self) -> None:
         reasons = {
@@ -94,15 +90,24 @@ class MultiRaterTrainer(nnUNetTrainerMosaic):
 
     def initialize(self) -> None:
         """Initialise as nnU-Net does, for cases with the label maps of all raters."""
+        self._refuse_what_raters_cannot_have()
         super().initialize()
         self.dataset_class = RaterDataset
+
+    def configure_optimizers(self) -> Any:
+        """Freeze what the other stage trains, before DDP looks at it; then as nnU-Net."""
+        for name, parameter in plain_network(self.network).named_parameters():
+            parameter.requires_grad_(name.startswith("heads.") == self.trains_heads)
+        return super().configure_optimizers()
 
     def get_tr_and_val_datasets(self) -> tuple[RaterDataset, RaterDataset]:
         """Return nnU-Net's datasets, and note who annotated their cases."""
         datasets: tuple[RaterDataset, RaterDataset] = super().get_tr_and_val_datasets()
-        for dataset in datasets:
-            for name in dataset.identifiers:
-                self._available[name] = torch.from_numpy(dataset.available(name))
+        self._available: dict[str, Tensor] = {
+            name: torch.from_numpy(dataset.available(name))
+            for dataset in datasets
+            for name in dataset.identifiers
+        }
         return datasets
 
     def _annotations(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

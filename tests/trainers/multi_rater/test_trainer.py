@@ -183,10 +183,10 @@ def test_datasets_without_raters_are_refused(
     make_trainer: Callable[..., Any], prepared: Path
 ) -> None:
     with pytest.raises(InputError, match="name no raters"):
-        make_trainer(nnUNetTrainerMultiRaterDiversified)
+        make_trainer(nnUNetTrainerMultiRaterDiversified).initialize()
     path = prepared / "nnUNet_preprocessed" / DATASET / "dataset.json"
     content = json.loads(path.read_text())
     content["multirater"]["raters"] = ["small", "exact"]
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match="declares the raters small, exact"):
-        make_trainer(nnUNetTrainerMultiRaterDiversified, DATASET)
+        make_trainer(nnUNetTrainerMultiRaterDiversified, DATASET).initialize()
