@@ -17,6 +17,7 @@ NARROWEST = 8
 LEVELS = 5
 """Of the encoders of the latent; each has twice the channels of the one before."""
 LOG_SIGMA_RANGE = (-7.0, 5.0)
+VOXELS_AT_ONCE = 2**16
 
 
 class Gaussian(NamedTuple):
@@ -149,6 +150,36 @@ class Combiner(nn.Module):
         logits: Tensor = self.rest(shared + shift.view(*shift.shape, *[1] * (shared.dim() - 2)))
         return logits
 
+    def logits_of_case(self, shared: Tensor, code: Tensor) -> Tensor:
+        """Return logits of one code for a whole case, on the device of the weights.
+
+        The same as `forward`, as products of matrices of few voxels each: they stay in the cache,
+        and memory holds little more than the logits.
+
+        Parameters
+        ----------
+        shared : Tensor, shape (width, *spatial)
+            What ``of_features`` makes of the features; any precision and device.
+        code : Tensor, shape (latent,)
+
+        Returns
+        -------
+        Tensor, shape (C, *spatial), single precision
+        """
+        weight = self.of_code.weight
+        shift = self.of_code(code.to(weight.device))[:, None]
+        voxels = shared.flatten(1)
+        found = []
+        for first in range(0, voxels.shape[1], VOXELS_AT_ONCE):
+            inside = voxels[:, first : first + VOXELS_AT_ONCE].to(weight.device).float() + shift
+            for layer in self.rest:
+                if isinstance(layer, nn.ReLU):
+                    inside = inside.relu_()
+                else:
+                    inside = torch.addmm(layer.bias[:, None], layer.weight.flatten(1), inside)
+            found.append(inside)
+        return torch.cat(found, 1).unflatten(1, shared.shape[1:])
+
 
 class RaterHead(nn.Module):
     """From features to a rater's query, shape (B, latent), not negative (3.1, 3).
@@ -236,7 +267,8 @@ class MultiRaterNet(nn.Module):
         self.heads = nn.ModuleList(
             RaterHead(conv_op, features[-1], latent, strides) for _ in range(raters)
         )
-        self._codes: Tensor | None = None
+        self.shared_only = False
+        """Whether `forward` stops where the code comes in: the combiner's part of the features."""
 
     def train(self, mode: bool = True) -> "MultiRaterNet":
         """Change the mode of all parts but the frozen ones, which stay as at inference."""
@@ -245,13 +277,6 @@ class MultiRaterNet(nn.Module):
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()
         return self
-
-    def set_latent(self, codes: Tensor | None) -> None:
-        """Let `forward` answer for these codes, (N, latent), one after another in the channels.
-
-        None: for the prior's mean.
-        """
-        self._codes = codes
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Return the features of the decoder, full resolution first; all with deep supervision."""
@@ -293,7 +318,7 @@ class MultiRaterNet(nn.Module):
         Returns
         -------
         Tensor or list of Tensor
-            As nnU-Net's networks: with the prior's mean. After `set_latent` (B, N * C, *spatial).
+            As nnU-Net's networks: with the prior's mean.
         Diversified
             With ``annotated``.
         Tensor, shape (R, B, C, *spatial)
@@ -305,9 +330,8 @@ class MultiRaterNet(nn.Module):
             own = attend(self.queries(features[0]), codes)
             return self.decoder.seg_layers[-1](features[0], own)
         features = self.features(x)
-        if self._codes is not None:
-            codes = self._codes[:, None].expand(-1, len(x), -1)
-            return self.decoder.seg_layers[-1](features[0], codes).transpose(0, 1).flatten(1, 2)
+        if self.shared_only:
+            return self.decoder.seg_layers[-1].of_features(features[0])
         if annotated is not None and noise is not None:
             prior, posterior = self.prior(x), self.posterior(annotated)
             return Diversified(

@@ -1,13 +1,13 @@
 """Prediction with one opinion for a whole case (multi_rater spec, 7.6).
 
 The prior depends on what it sees: a code drawn for every tile would leave seams. So a first pass
-over the tiles finds one distribution of codes for the case, and all tiles, slices and mirrored
-copies are predicted with the same codes.
+over the tiles finds one distribution of codes for the case. A second one, with nnU-Net's overlap
+and mirrored copies, makes what all codes share; each code then adds the last layers, once.
 """
 
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +21,6 @@ from nnmosaic.planners.plans_section import rater_plan
 from nnmosaic.trainers.multi_rater.network import MultiRaterNet, attend
 from nnmosaic.trainers.multi_rater.wanted_masks import RATERS, SAMPLES, WantedMasks
 from nnmosaic.trainers.resumable import plain_network
-
-MOST_VALUES = 2**27
-"""Logits that may be held at once; more codes are predicted in several passes."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class RaterPredictor:
         self.latents: dict[str, Any] = {}
 
     def logits(self, data: Tensor, case: str) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield `RATERS` or `SAMPLES`, rater or number ("000", ...), and logits, (C, Z, Y, X).
+        """Yield `SAMPLES` or `RATERS`, number ("000", ...) or rater, and logits, (C, Z, Y, X).
 
         Masks of raters are averaged over the networks of the ensemble, whose codes mean different
         things: each sample comes from one of them. ``latents`` then holds the seed, and mean, sigma
@@ -79,51 +76,30 @@ class RaterPredictor:
         case : str
             Its name.
         """
-        opinions = [self._opinion(fold, data, case) for fold in range(self._networks)]
         wanted = self.wanted
-        self.latents = {
-            "seed": wanted.seed,
-            "raters": list(wanted.raters),
-            "networks": [
-                {name: value.tolist() for name, value in vars(opinion).items()}
-                for opinion in opinions
-            ],
-        }
-        for names in self._chunks(wanted.raters, data):
-            rows = [wanted.raters.index(name) for name in names]
-            total: Any = 0
-            for fold, opinion in enumerate(opinions):
-                total = total + self._predict(fold, data, opinion.raters[rows]) / len(opinions)
-            yield from ((RATERS, name, one) for name, one in zip(names, total, strict=True))
-        first = 0
-        for fold, opinion in enumerate(opinions):
-            names = [f"{first + i:03d}" for i in range(len(opinion.samples))]
-            first += len(names)
-            for chunk in self._chunks(names, data):
-                rows = [names.index(name) for name in chunk]
-                found = self._predict(fold, data, opinion.samples[rows])
-                yield from ((SAMPLES, name, one) for name, one in zip(chunk, found, strict=True))
+        self.latents = {"seed": wanted.seed, "raters": list(wanted.raters), "networks": []}
+        raters: dict[str, Any] = dict.fromkeys(wanted.raters, 0)
+        number = 0
+        for fold in range(self._networks):
+            if self.predictor.list_of_parameters is not None:
+                self.network.load_state_dict(self.predictor.list_of_parameters[fold])
+            opinion = self._opinion(fold, data, case)
+            self.latents["networks"].append({k: v.tolist() for k, v in vars(opinion).items()})
+            shared = self._shared(data)
+            for code in opinion.samples:
+                yield SAMPLES, f"{number:03d}", self._logits(shared, code)
+                number += 1
+            for name, code in zip(wanted.raters, opinion.raters, strict=True):
+                raters[name] = raters[name] + self._logits(shared, code) / self._networks
+        yield from ((RATERS, name, logits) for name, logits in raters.items())
 
     @property
     def _networks(self) -> int:
         return len(self.predictor.list_of_parameters or [None])
 
-    def _load(self, fold: int) -> None:
-        if self.predictor.list_of_parameters is not None:
-            self.network.load_state_dict(self.predictor.list_of_parameters[fold])
-
-    def _chunks(self, names: Sequence[str], data: Tensor) -> Iterator[Sequence[str]]:
-        """Yield as many names at a time as there is room for."""
-        patch = np.prod(self.predictor.configuration_manager.patch_size)
-        values = self.network.classes * max(data[0].numel(), 8 * int(patch))
-        size = max(1, MOST_VALUES // values)
-        for i in range(0, len(names), size):
-            yield names[i : i + size]
-
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _opinion(self, fold: int, data: Tensor, case: str) -> _Opinion:
         """Return the codes of a network; every tile counts the same, with the fewest tiles."""
-        self._load(fold)
         device = self.predictor.device
         network = self.network.to(device).eval()
         patch_size = self.predictor.configuration_manager.patch_size
@@ -160,25 +136,25 @@ class RaterPredictor:
         noise = np.random.default_rng(entropy).standard_normal((number, self.plan.latent))
         return torch.from_numpy(noise.astype(np.float32))
 
-    def _predict(self, fold: int, data: Tensor, codes: Tensor) -> Tensor:
-        """Return logits of the codes, shape (number, C, Z, Y, X)."""
-        self._load(fold)
-        with self._answering(codes):
-            logits = self.predictor.predict_sliding_window_return_logits(data)
-        answers: Tensor = logits.cpu().unflatten(0, (len(codes), self.network.classes))
-        return answers
+    def _shared(self, data: Tensor) -> Tensor:
+        """Return what the combiner makes of the features, whatever the code: (width, Z, Y, X).
 
-    @contextmanager
-    def _answering(self, codes: Tensor) -> Iterator[None]:
-        """Let nnU-Net's predictor see one output channel for each code and class."""
+        Tiles and mirrored copies are averaged here and not in the logits, so that each further
+        code costs four products at every voxel of the case, and not of every tile.
+        """
         predictor = self.predictor
         labels, network = predictor.label_manager, predictor.network
-        channels = len(codes) * self.network.classes
-        predictor.label_manager = SimpleNamespace(num_segmentation_heads=channels)
-        predictor.network = self.network
-        self.network.set_latent(codes.to(predictor.device))
+        width = self.network.decoder.seg_layers[-1].of_features.out_channels
+        # nnU-Net's predictor asks how many output channels there are.
+        predictor.label_manager = SimpleNamespace(num_segmentation_heads=width)
+        predictor.network, self.network.shared_only = self.network, True
         try:
-            yield
+            shared: Tensor = predictor.predict_sliding_window_return_logits(data)
         finally:
-            self.network.set_latent(None)
+            self.network.shared_only = False
             predictor.label_manager, predictor.network = labels, network
+        return shared
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def _logits(self, shared: Tensor, code: Tensor) -> Tensor:
+        return self.network.decoder.seg_layers[-1].logits_of_case(shared, code).cpu()

@@ -85,27 +85,34 @@ def test_the_features_are_those_of_the_stock_decoder(
 
 
 def test_one_code_one_answer(network: MultiRaterNet, image: Tensor) -> None:
-    code, other = torch.randn(2, 1, LATENT)
+    code, other = torch.randn(2, 2, LATENT)
     with torch.no_grad():
-        network.set_latent(code)
-        first, again = network(image), network(image)
-        network.set_latent(other)
-        different = network(image)
-        network.set_latent(torch.cat([other, code]))
-        torch.testing.assert_close(network(image), torch.cat([different, first], 1))
-        network.set_latent(None)
-        assert torch.equal(network(image)[0], network.logits(
-            network.features(image), network.prior(image).mean
-        )[0])  # fmt: skip
+        features = network.features(image)
+        first, again = (network.logits(features, code)[0] for _ in range(2))
+        assert (first - network.logits(features, other)[0]).abs().max() > 1e-3
+        mean = network.logits(features, network.prior(image).mean)
+        assert torch.equal(network(image)[0], mean[0])
     assert torch.equal(first, again)
-    assert (first - different).abs().max() > 1e-3
     for layer in network.decoder.seg_layers:
         nn.init.zeros_(layer.of_code.weight)
     with torch.no_grad():
-        network.set_latent(code)
-        deaf = network(image)
-        network.set_latent(other)
-        assert torch.equal(deaf, network(image))
+        deaf = network.logits(features, code)[0]
+        assert torch.equal(deaf, network.logits(features, other)[0])
+
+
+def test_a_case_is_finished_code_by_code(
+    network: MultiRaterNet, image: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nnmosaic.trainers.multi_rater.network.VOXELS_AT_ONCE", 100)
+    code = torch.randn(LATENT)
+    with torch.no_grad():
+        network.shared_only = True
+        shared = network(image)
+        network.shared_only = False
+        expected = network.logits(network.features(image), code.expand(2, -1))[0]
+        for one, logits in zip(shared, expected, strict=True):
+            found = network.decoder.seg_layers[-1].logits_of_case(one, code)
+            torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("conv_op", [nn.Conv2d, nn.Conv3d])
@@ -139,10 +146,9 @@ def test_first_stage(network: MultiRaterNet, image: Tensor) -> None:
     assert found.samples.shape == (5, 2, CLASSES, *image.shape[2:])
     assert found.logits[0].shape == (2, CLASSES, *image.shape[2:])
     codes = found.prior.mean + found.prior.log_sigma.exp() * noise[3]
-    network.set_latent(codes)
     with torch.no_grad():
-        for b, answers in enumerate(network(image).unflatten(1, (2, CLASSES))):
-            torch.testing.assert_close(answers[b], found.samples[2, b], rtol=1e-5, atol=1e-5)
+        answers = network.logits(network.features(image), codes)[0]
+    torch.testing.assert_close(answers, found.samples[2], rtol=1e-5, atol=1e-5)
     sum(level.sum() for level in [*found.logits, found.samples]).backward()
     grads = {name.split(".")[0] for name, p in network.named_parameters() if p.grad is not None}
     assert grads == {"encoder", "decoder", "prior", "posterior"}

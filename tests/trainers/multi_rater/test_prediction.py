@@ -46,7 +46,7 @@ def all_masks(predictor: Any, image: torch.Tensor, **wanted: Any) -> dict[str, t
 def test_one_tile_is_the_direct_forward(predictor: Any) -> None:
     image = torch.randn(1, *predictor.configuration_manager.patch_size)
     raters = RaterPredictor(predictor, WantedMasks(("large", "small"), samples=2))
-    found = {name: logits.float() for _, name, logits in raters.logits(image, "case")}
+    found = {name: logits for _, name, logits in raters.logits(image, "case")}
     network = predictor.network.eval()
     (latents,) = raters.latents["networks"]
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_order_and_number_of_masks_change_nothing(predictor: Any) -> None:
     image = torch.randn(1, 30, 34, 28)  # several tiles
     many = all_masks(predictor, image, raters=("all",), samples=3)
     assert [*many] == [
-        "raters/small", "raters/exact", "raters/large", "samples/000", "samples/001", "samples/002"
+        "samples/000", "samples/001", "samples/002", "raters/small", "raters/exact", "raters/large"
     ]  # fmt: skip
     few = all_masks(predictor, image, raters=("large", "small"), samples=1)
     for name, logits in few.items():
@@ -90,13 +90,15 @@ def test_folds_share_the_samples_and_average_the_raters(predictor: Any) -> None:
     predictor.list_of_parameters = weights
     raters = RaterPredictor(predictor, WantedMasks(("exact",), samples=3))
     together = {name: logits for _, name, logits in raters.logits(image, "case")}
-    assert list(together) == ["exact", "000", "001", "002"]
+    assert list(together) == ["000", "001", "002", "exact"]
     assert [len(latents["samples"]) for latents in raters.latents["networks"]] == [2, 1]
     torch.testing.assert_close(together["000"], alone[0]["samples/000"])
-    both = [
-        raters._predict(fold, image, raters._opinion(fold, image, "case").raters)[0]
-        for fold in (0, 1)
-    ]
+    torch.testing.assert_close(together["001"], alone[0]["samples/001"])
+    both = []
+    for fold, one in enumerate(weights):
+        predictor.network.load_state_dict(one)
+        code = torch.tensor(raters.latents["networks"][fold]["raters"][0])
+        both.append(raters._logits(raters._shared(image), code))
     assert not torch.equal(*both)
     torch.testing.assert_close(together["exact"], (both[0] + both[1]) / 2, rtol=1e-2, atol=1e-3)
 
