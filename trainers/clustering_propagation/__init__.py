@@ -1,0 +1,1 @@
+"""Class centres that travel from slice to slice (methods/clustering_propagation.md)."""

@@ -1,0 +1,308 @@
+"""A 2D U-Net of nnU-Net that clusters the pixels of a slice around travelling class centres.
+
+The design of clustering_propagation.md, 1, in the spirit of Ding et al. (CVPR 2024), whose code is
+not public and whose paper could not be read in full: it claims no reproduction.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnmosaic.trainers.clustering_propagation.clip import (
+    Clip,
+    ClipResult,
+    Correction,
+    in_order,
+    visiting_order,
+)
+from nnmosaic.trainers.clustering_propagation.clustering_layer import ClusteringLayer, CosineLogits
+from nnmosaic.trainers.clustering_propagation.features import (
+    FeatureHeads,
+    SliceFeatures,
+    choose_levels,
+    pool,
+    widths,
+)
+from nnmosaic.trainers.clustering_propagation.memory import MEMORIES, State
+from nnmosaic.trainers.clustering_propagation.readout import CentreLayout
+
+LAYERS_PER_LEVEL = 2
+PRESENT = 0.5
+"""Probability above which a class counts as seen."""
+
+
+class PromptCentres(NamedTuple):
+    """What interactions on B slices say of the centres.
+
+    Attributes
+    ----------
+    features : Tensor, shape (B, slots, D)
+        Means of the features at the pixels of each kind of prompt.
+    given : Tensor, shape (B, slots), bool
+        Whether there are any.
+    """
+
+    features: Tensor
+    given: Tensor
+
+
+class SliceResult(NamedTuple):
+    """What clustering finds on B slices.
+
+    Attributes
+    ----------
+    logits : Tensor, shape (B, heads, H, W)
+    layer_logits : list of Tensor, each (B, heads, h, w)
+        Of every layer, at its level.
+    presence : Tensor, shape (B, heads)
+        Logits of "this class is on this slice".
+    centres : Tensor, shape (B, N, D)
+    """
+
+    logits: Tensor
+    layer_logits: list[Tensor]
+    presence: Tensor
+    centres: Tensor
+
+
+class _ClusteringHead(nn.Module):
+    """All that is not the U-Net's."""
+
+    def __init__(
+        self, features: Sequence[int], levels: Sequence[int], layout: CentreLayout, memory: str
+    ) -> None:
+        super().__init__()
+        width, embedding = widths(features)
+        self.plain = nn.Conv2d(features[-1], layout.classes, 1)
+        self.features = FeatureHeads(features, levels, width, embedding)
+        self.queries = nn.Parameter(torch.empty(len(layout.owners), width))
+        nn.init.trunc_normal_(self.queries)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                ClusteringLayer(layout, width, embedding) for _ in range(LAYERS_PER_LEVEL)
+            )
+            for _ in levels
+        )
+        self.mask = CosineLogits(width, embedding)
+        self.bias = nn.Parameter(torch.zeros(len(layout.owners)))
+        self.presence = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
+        self.memory = MEMORIES[memory](width)
+        self.from_user = nn.Linear(width, width, bias=False)
+        self.user = nn.Parameter(torch.zeros(width))
+
+
+class ClusteringPropagationNet(nn.Module):
+    """A U-Net, and centres that its pixels cluster around.
+
+    All new parts are in ``decoder.seg_layers``, which nnU-Net leaves alone when it transfers
+    weights: a trained 2D nnU-Net is a warm start by ``-pretrained_weights``, here and there.
+
+    Parameters
+    ----------
+    unet : nn.Module
+        With ``encoder`` and ``decoder`` as dynamic_network_architectures makes them, 2D.
+    classes : int
+        Output channels; channel k is class k.
+    regions : bool
+        Whether these are regions, which may overlap.
+    memory : {"gru", "last", "window"}
+    """
+
+    def __init__(self, unet: Any, *, classes: int, regions: bool, memory: str) -> None:
+        super().__init__()
+        self.encoder, self.decoder = unet.encoder, unet.decoder
+        self.layout = CentreLayout(classes, regions)
+        features = [layer.in_channels for layer in self.decoder.seg_layers]
+        levels = choose_levels(self.encoder.strides)
+        self.decoder.seg_layers = _ClusteringHead(features, levels, self.layout, memory)
+        for name, centres in (("_slots", self.layout.slots), ("_first", self.layout.first)):
+            self.register_buffer(name, torch.tensor(centres), persistent=False)
+        self.register_buffer("_owners", torch.tensor(self.layout.owners), persistent=False)
+
+    @property
+    def head(self) -> Any:
+        """All that is not the U-Net's."""
+        return self.decoder.seg_layers
+
+    # ---------------------------------------------------------------- one slice
+
+    def encode(self, x: Tensor) -> SliceFeatures:
+        """Return the features of slices (N, channels, H, W); no centres are needed for them."""
+        features: SliceFeatures = self.head.features(self._stages(x))
+        return features
+
+    def _stages(self, x: Tensor) -> list[Tensor]:
+        """Return the outputs of the decoder's stages, coarse to fine."""
+        skips = self.encoder(x)
+        found = []
+        below = skips[-1]
+        for s, stage in enumerate(self.decoder.stages):
+            up = self.decoder.transpconvs[s](below)
+            below = stage(torch.cat((up, skips[-(s + 2)]), 1))
+            found.append(below)
+        return found
+
+    def initial_state(self, batch: int) -> State:
+        """Return an empty memory for so many volumes."""
+        state: State = self.head.memory.empty(batch, self.head.queries)
+        return state
+
+    def initial_centres(
+        self, state: State, prompts: PromptCentres | None = None, *, base: Tensor | None = None
+    ) -> Tensor:
+        """Return the centres to begin a slice with, shape (B, N, D) (1.5, 1.6).
+
+        Parameters
+        ----------
+        state : State
+        prompts : PromptCentres, optional
+            Centres without any are bit for bit those of the automatic path.
+        base : Tensor, optional, shape (B, N, D)
+            What prompts correct; default: what the memory says, or the query of an unseen class.
+        """
+        centres: Tensor = self.head.memory.read(state, self.head.queries) if base is None else base
+        if prompts is None:
+            return centres
+        before = centres[:, self._slots]
+        moved = before + self.head.from_user(prompts.features) + self.head.user
+        return centres.index_copy(
+            1, self._slots, torch.where(prompts.given[..., None], moved, before)
+        )
+
+    def pool_prompts(self, features: SliceFeatures, weights: Tensor) -> PromptCentres:
+        """Return what prompts say, from weights of pixels (1.6).
+
+        Parameters
+        ----------
+        features : SliceFeatures
+            Of B slices.
+        weights : Tensor, shape (B, slots, H, W)
+            Not negative. Slots: with plain labels the classes, a negative click being one of the
+            background; with regions inside each region, then outside of each.
+        """
+        return PromptCentres(pool(features.inputs, weights), (weights > 0).flatten(2).any(2))
+
+    def decode(self, features: SliceFeatures, centres: Tensor) -> SliceResult:
+        """Cluster B slices around centres (B, N, D) (1.3, 1.4)."""
+        layer_logits = []
+        for layers, values, embeddings in zip(
+            self.head.layers, features.values, features.embeddings, strict=True
+        ):
+            for layer in layers:
+                centres, similarity = layer(centres, values.flatten(1, 2), embeddings.flatten(1, 2))
+                found = similarity.unflatten(2, embeddings.shape[1:3])
+                layer_logits.append(self.layout.class_logits(found))
+        found = self.head.mask(centres, features.mask_map.flatten(2)) + self.head.bias[:, None]
+        logits = self.layout.class_logits(found.unflatten(2, features.mask_map.shape[2:]))
+        presence = self.head.presence(centres[:, self._first])[..., 0]
+        return SliceResult(logits, layer_logits, presence, centres)
+
+    def found_classes(self, result: SliceResult) -> Tensor:
+        """Return which classes a slice shows, (B, heads), bool, by their pixels and presence."""
+        likely = result.presence.sigmoid() > PRESENT
+        return self.layout.present(result.logits) & likely
+
+    def update_state(
+        self, state: State, result: SliceResult, distance_mm: Tensor, gate: Tensor | None = None
+    ) -> State:
+        """Return the memory after a slice (1.5).
+
+        Parameters
+        ----------
+        state : State
+            Before it; not changed.
+        result : SliceResult
+        distance_mm : Tensor, shape (B,)
+            From the slice before to this one; of no matter for the first.
+        gate : Tensor, optional, shape (B, heads), bool
+            Classes that are written; default: `found_classes`.
+        """
+        gate = self.found_classes(result) if gate is None else gate
+        written: State = self.head.memory.write(
+            state, result.centres, distance_mm, gate[:, self._owners]
+        )
+        return written
+
+    # ---------------------------------------------------------------- clips
+
+    def forward(
+        self, x: Tensor, clip: Clip | None = None, corrections: Sequence[Correction] = ()
+    ) -> Any:
+        """Return logits of single slices, or what is found on clips.
+
+        Parameters
+        ----------
+        x : Tensor
+            Shape (B, channels, H, W): each slice for itself, without memory, as nnU-Net predicts.
+            Shape (B, T, channels, H, W): clips.
+        clip : Clip, optional
+            Default: no prompts, from the first slice on, distances unknown (0).
+        corrections : sequence of Correction
+            Applied one after the other to what was found. Only the last result has gradients.
+
+        Returns
+        -------
+        Tensor, shape (B, heads, H, W)
+            For single slices.
+        ClipResult
+            For clips.
+        """
+        if x.dim() == 4:
+            centres = self.initial_centres(self.initial_state(len(x)))
+            return self.decode(self.encode(x), centres).logits
+        stages = self._stages(x.flatten(0, 1))
+        features = self.head.features(stages)
+        plain = self.head.plain(stages[-1]).unflatten(0, x.shape[:2])
+        clip = self._unprompted(x) if clip is None else clip
+        for correct in corrections:
+            with torch.no_grad():
+                clip = correct(self._propagate(features, clip, plain))
+        return self._propagate(features, clip, plain)
+
+    def _unprompted(self, x: Tensor) -> Clip:
+        batch, slices, _, height, width = x.shape
+        return Clip(
+            x.new_zeros(batch, slices),
+            torch.zeros(batch, dtype=torch.long, device=x.device),
+            x.new_zeros(batch, slices, len(self.layout.slots), height, width),
+        )
+
+    def _propagate(self, features: SliceFeatures, clip: Clip, plain: Tensor) -> ClipResult:
+        """Carry the centres from the start slice to both ends (1.5)."""
+        batch, slices = clip.positions.shape
+        lanes = torch.arange(batch, device=clip.start.device)
+        order = visiting_order(clip.start, slices)
+        state = after_start = self.initial_state(batch)
+        found: list[SliceResult] = []
+        for step, here in enumerate(order.T):
+            turned = here == clip.start - 1
+            before = torch.where(turned, clip.start, order[:, max(step - 1, 0)])
+            state = after_start.where(turned, state)
+            current = features.select(lanes * slices + here)
+            prompts = self.pool_prompts(current, clip.prompts[lanes, here])
+            base = None
+            if step == 0 and clip.base is not None and clip.corrected is not None:
+                fresh = self.initial_centres(state)
+                base = torch.where(clip.corrected[:, None, None], clip.base, fresh)
+            result = self.decode(current, self.initial_centres(state, prompts, base=base))
+            gate = self.found_classes(result) if clip.gate is None else clip.gate[lanes, here]
+            distance = (clip.positions[lanes, here] - clip.positions[lanes, before]).abs()
+            state = self.update_state(state, result, distance, self._or_prompted(gate, prompts))
+            after_start = state if step == 0 else after_start
+            found.append(result)
+        back = order.argsort(1)
+        logits, layers, presence, centres = zip(*found, strict=True)
+        return ClipResult(
+            in_order(logits, back),
+            [in_order(of_layer, back) for of_layer in zip(*layers, strict=True)],
+            in_order(presence, back),
+            in_order(centres, back),
+            plain,
+            clip,
+        )
+
+    def _or_prompted(self, gate: Tensor, prompts: PromptCentres) -> Tensor:
+        """Return the classes of a gate, and those that the user points at."""
+        return gate | prompts.given[:, : self.layout.classes]
