@@ -1,0 +1,1 @@
+"""Clustering propagation: one slice to the whole volume, by itself or from clicks."""
