@@ -47,6 +47,8 @@ __all__ = [
 VERSION = 1
 MAX_BYTES = 16 * 2**20
 """Of a prompts file: some 300,000 positions. A person makes a few kB; more is another file."""
+MAX_POSITIONS = 10_000
+"""Of one scribble."""
 
 
 def read_prompts(path: Path, labels: Labels) -> Prompts:
@@ -192,6 +194,11 @@ def _scribble(
     if not isinstance(coords, list) or not coords:
         raise InputError(f'{where}: "coords" must be a list of positions, got {coords!r}.')
     places = tuple(parse_coordinates(c, f"{where}: coords[{i}]") for i, c in enumerate(coords))
+    if len(places) > MAX_POSITIONS:
+        raise InputError(
+            f"{where} has {len(places):,} positions; a scribble may have {MAX_POSITIONS:,}. Leave "
+            'out positions on straight parts, or give a "mask".'
+        )
     radius = parse_number(entry.get("radius", 1), f"{where}: radius")
     if not 0 <= radius <= 100:
         raise InputError(f"{where}: radius must lie between 0 and 100 voxels, got {radius:g}.")

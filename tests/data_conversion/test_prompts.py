@@ -141,6 +141,7 @@ def test_a_bad_point_is_refused(
     [
         ({"type": "scribble", "coords": []}, '"coords" must be a list of positions'),
         ({"type": "scribble", "coords": [[1, 2, 3], [1, 2]]}, r"coords\[1\] must be a list of thr"),
+        ({"type": "scribble", "coords": [[1, 2, 3]] * 10_001}, "10,001 positions; a scribble may"),
         ({"type": "scribble", "coords": [[1, 2, 3]], "radius": -1}, "between 0 and 100 voxels"),
         ({"type": "scribble", "coords": [[1, 2, 3]], "radius": "2"}, "radius: '2' is not a fin"),
         ({"type": "box", "min": [0, 0, 0]}, "max must be a list of three numbers, got None"),
