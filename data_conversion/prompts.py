@@ -1,7 +1,15 @@
 """What a person marked in an image: the JSON of ``predict --prompts`` and 3D Slicer's point lists.
 
-methods/clustering_propagation.md, 5.4. Coordinates are kept as written; a case's geometry moves
-them into the network's space (``nnmosaic.trainers.clustering_propagation.coordinates``). Reads no
+The format (methods/clustering_propagation.md, 5.4)::
+
+    {"version": 1, "space": "world", "convention": "RAS", "interactions": [
+      {"type": "point", "label": "liver", "coord": [12.5, -80, 33], "positive": true, "round": 0},
+      {"type": "scribble", "label": 2, "coords": [[14, -80, 33], [20, -75, 33]], "radius": 1},
+      {"type": "box", "label": "spleen", "min": [60, -20, 30], "max": [90, 10, 30]},
+      {"type": "mask", "label": "spleen", "file": "slice37.nii.gz"}]}
+
+or ``"space": "voxel"`` with ``"order"``, in the index of the image file, from 0. Coordinates are
+kept as written; ``nnmosaic.trainers.clustering_propagation.coordinates`` moves them. Reads no
 image, and nothing that could run code: the ``.npz`` files of the CVPR 2025 challenge are refused.
 """
 
