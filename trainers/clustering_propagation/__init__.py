@@ -1,1 +1,1 @@
-"""Class centres that travel from slice to slice (methods/clustering_propagation.md)."""
+"""Clustering propagation: one slice to the whole volume, by itself or from clicks."""

@@ -1,0 +1,240 @@
+"""Interactions of a person as weighted positions in single slices of the network's array.
+
+methods/clustering_propagation.md, 1.6 and 5.4: a point has weight 1 at a sub-pixel position, a
+scribble and a mask have weight 1 at their pixels, a box has its interior, heavier in the middle,
+and a ring outside where the label is not. Our own choices where the method says no number.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.data_conversion.prompts import (
+    Box,
+    Interaction,
+    Label,
+    Mask,
+    Point,
+    Prompts,
+    Scribble,
+)
+from nnmosaic.trainers.clustering_propagation.coordinates import CaseCoordinates, ImageGeometry
+
+RING_GAP = 1
+"""Pixels between a box and the ring around it: an object may reach out of its box a little."""
+RING_WIDTH = 2
+
+ReadMask = Callable[[Path], tuple[np.ndarray, Mapping[str, Any]]]
+"""As ``read_seg`` of nnU-Net's readers: array (1, z, y, x) and properties of an image file."""
+
+
+@dataclass(frozen=True, eq=False)
+class SlicePrompt:
+    """What an interaction says of one slice.
+
+    Attributes
+    ----------
+    label : int or tuple of int
+        Integer of the label map, or the integers of a region.
+    slice_index : int
+        Along axis 0 of the network's array.
+    rows, columns, weights : ndarray, shape (P,)
+        Continuous positions in the network's array, within the slice, and their weights.
+    positive : bool
+        Whether the label is there, or is not there.
+    exact : bool
+        Whether every position shows it. False for boxes, whose interior is more than the object.
+    """
+
+    label: Label
+    slice_index: int
+    rows: np.ndarray
+    columns: np.ndarray
+    weights: np.ndarray
+    positive: bool = True
+    round: int = 0
+    exact: bool = True
+
+    def weight_map(self, shape: tuple[int, int]) -> np.ndarray:
+        """Return the weights of whole pixels, shape (rows, columns), float32.
+
+        A position gives its weight to the four pixels around it, so that a mean under the map is
+        a mean of bilinear samples.
+        """
+        weights = np.zeros(shape, np.float32)
+        row, column = (np.floor(position).astype(int) for position in (self.rows, self.columns))
+        lower, right = self.rows - row, self.columns - column
+        for down, aside in product((0, 1), repeat=2):
+            share = self.weights * np.abs(1 - down - lower) * np.abs(1 - aside - right)
+            # At the last row or column the share of the pixel beyond it is 0.
+            places = np.minimum(row + down, shape[0] - 1), np.minimum(column + aside, shape[1] - 1)
+            np.add.at(weights, places, share)
+        return weights
+
+
+def slice_prompts(
+    prompts: Prompts,
+    coordinates: CaseCoordinates,
+    *,
+    read_mask: ReadMask,
+    where: str = "prompts",
+) -> tuple[SlicePrompt, ...]:
+    """Return what all interactions say of the slices that they touch.
+
+    Parameters
+    ----------
+    read_mask : callable
+        Reads a mask file, with the reader of the images.
+    where : str
+        What messages call the prompts: their file.
+
+    Raises
+    ------
+    InputError
+        If an interaction is not in the image, or a mask is empty or does not fit.
+    """
+    found: list[SlicePrompt] = []
+    for i, interaction in enumerate(prompts.interactions):
+        name = f"{where}: interactions[{i}] ({type(interaction).__name__.lower()})"
+        if isinstance(interaction, Mask):
+            array, properties = read_mask(interaction.file)
+            points = _mask_points(array[0], properties, coordinates, f"{name}, {interaction.file}")
+            found += _by_slice(interaction, points, coordinates)
+            continue
+        points = coordinates.to_network(
+            np.array(_positions(interaction)),
+            space=prompts.space,
+            convention=prompts.convention,
+            order=prompts.order,
+            where=name,
+        )
+        if isinstance(interaction, Point):
+            found += _by_slice(interaction, points, coordinates)
+        elif isinstance(interaction, Scribble):
+            found += _by_slice(interaction, _line(points, interaction, coordinates), coordinates)
+        else:
+            found += _box(interaction, points, coordinates)
+    return tuple(found)
+
+
+def _positions(interaction: Point | Scribble | Box) -> list[tuple[float, ...]]:
+    if isinstance(interaction, Point):
+        return [interaction.coordinates]
+    if isinstance(interaction, Scribble):
+        return list(interaction.coordinates)
+    return list(product(*zip(interaction.lower, interaction.upper, strict=True)))
+
+
+def _nearest(positions: np.ndarray, size: int | np.ndarray) -> np.ndarray:
+    """Return the index of the pixel or slice that each position lies in."""
+    index: np.ndarray = np.clip(np.floor(positions + 0.5), 0, size - 1).astype(int)
+    return index
+
+
+def _by_slice(
+    interaction: Interaction, points: np.ndarray, coordinates: CaseCoordinates
+) -> list[SlicePrompt]:
+    """Return weight 1 at all points, shape (P, 3), each in the slice that it lies in."""
+    slices = _nearest(points[:, 0], coordinates.network_shape[0])
+    last = np.array(coordinates.network_shape[1:]) - 1
+    prompts = []
+    for index in np.unique(slices):
+        rows, columns = np.clip(points[slices == index, 1:], 0, last).T
+        prompts.append(
+            SlicePrompt(
+                interaction.label,
+                int(index),
+                rows,
+                columns,
+                np.ones(len(rows)),
+                positive=interaction.positive,
+                round=interaction.round,
+            )
+        )
+    return prompts
+
+
+def _line(corners: np.ndarray, scribble: Scribble, coordinates: CaseCoordinates) -> np.ndarray:
+    """Return the pixels (slice, row, column) that a line of some width covers."""
+    samples = [corners[:1]]
+    for start, end in pairwise(corners):
+        steps = int(np.ceil(2 * np.abs(end - start).max())) + 1
+        samples.append(start + (end - start) * np.linspace(0, 1, steps + 1)[1:, None])
+    shape = np.array(coordinates.network_shape)
+    centres = np.unique(_nearest(np.concatenate(samples), shape), axis=0)
+    radii = np.maximum(scribble.radius * coordinates.pixels_per_voxel[1:], 1e-6)
+    reach = np.floor(radii).astype(int)
+    disc = [
+        (0, row, column)
+        for row in range(-reach[0], reach[0] + 1)
+        for column in range(-reach[1], reach[1] + 1)
+        if (row / radii[0]) ** 2 + (column / radii[1]) ** 2 <= 1
+    ]
+    covered = np.zeros(shape, bool)
+    for offset in disc:
+        places = centres + offset
+        inside = ((places >= 0) & (places < shape)).all(1)
+        covered[tuple(places[inside].T)] = True
+    return np.argwhere(covered).astype(float)
+
+
+def _mask_points(
+    array: np.ndarray,
+    properties: Mapping[str, Any],
+    coordinates: CaseCoordinates,
+    where: str,
+) -> np.ndarray:
+    """Return where the voxels above 0 of a mask are, shape (P, 3).
+
+    A mask with a place in the world may cover a part of the image only, such as one slice.
+    """
+    voxels = np.argwhere(array > 0).astype(float)
+    if not len(voxels):
+        raise InputError(f"{where}: no voxel is above 0. Draw the label, or remove the entry.")
+    mask = ImageGeometry.from_reader(properties, array.shape)
+    if mask.array_to_world is not None and coordinates.geometry.array_to_world is not None:
+        world = voxels @ mask.array_to_world[:3, :3].T + mask.array_to_world[:3, 3]
+        return coordinates.to_network(world, space="world", where=where)
+    if array.shape != coordinates.geometry.shape:
+        raise InputError(
+            f"{where}: the shape is {list(array.shape)}, that of the image "
+            f"{list(coordinates.geometry.shape)}. Draw the mask on the image."
+        )
+    return coordinates.array_points_to_network(voxels, where=where)
+
+
+def _box(box: Box, corners: np.ndarray, coordinates: CaseCoordinates) -> list[SlicePrompt]:
+    """Return interior and ring of the slices of a box.
+
+    A box that is oblique to the image is replaced by the smallest upright one around it.
+    """
+    shape = coordinates.network_shape
+    first, last = _nearest(np.stack((corners.min(0), corners.max(0)))[:, 0], shape[0])
+    half = 0.5 * coordinates.pixels_per_voxel[1:]  # the outermost voxels belong to the box
+    lower, upper = corners.min(0)[1:] - half, corners.max(0)[1:] + half
+    rows, columns = np.meshgrid(*(np.arange(n, dtype=float) for n in shape[1:]), indexing="ij")
+    grid = np.stack((rows, columns), -1)
+    inside = ((grid >= lower) & (grid <= upper)).all(-1)
+    off_centre = (grid - (lower + upper) / 2) / ((upper - lower) / 2)
+    weights = np.exp(-2 * (off_centre**2).sum(-1))
+    if not inside.any():  # smaller than a pixel of the network
+        only = tuple(_nearest((lower + upper) / 2, np.array(shape[1:])))
+        inside[only], weights[only] = True, 1
+    beyond = np.maximum(lower - grid, grid - upper).max(-1)
+    ring = (beyond > RING_GAP) & (beyond <= RING_GAP + RING_WIDTH)
+    parts = [(inside, weights, box.positive)]
+    if box.positive and ring.any():
+        parts.append((ring, np.ones_like(weights), False))
+    return [
+        SlicePrompt(
+            box.label, index, rows[where], columns[where], weight[where],
+            positive=positive, round=box.round, exact=False,
+        )
+        for index in range(int(first), int(last) + 1)
+        for where, weight, positive in parts
+    ]  # fmt: skip
