@@ -62,6 +62,8 @@ def test_slices_with_few_pixels_are_left_for_the_end() -> None:
     small[1, 2:8, 2:7] = nothing[1, 2:8, 2:6] = 1  # 30 pixels, overlap 24 / 30
     small[4, 2:4, 2:4] = 1  # 4 pixels, overlap 0
     assert OracleUser().click(small, nothing, 1, round=2) == Point(1, (4, 2, 2), round=2)
+    small[4, 2:4, 3:4] = 0  # 2 pixels are less than a tenth
+    assert OracleUser().click(small, nothing, 1, round=2) == Point(1, (1, 2, 6), round=2)
 
 
 def test_errors_of_both_kinds_are_not_taken_for_one() -> None:

@@ -120,6 +120,12 @@ def test_a_box_has_a_heavy_middle_and_a_ring_where_the_label_is_not() -> None:
     assert len(far) == (5 + 6) * (7 + 6) - (5 + 2) * (7 + 2)
 
 
+def test_the_outermost_voxels_of_a_box_belong_to_it_as_a_whole() -> None:
+    inside, _ = convert(Box(3, (2, 6, 8), (2, 10, 14)), network=(8, 80, 24))
+    # Four rows for each of the voxels 6 to 10.
+    assert (inside.rows.min(), inside.rows.max()) == (6 * 4, 10 * 4 + 3)
+
+
 def test_a_negative_box_has_no_ring_and_a_tiny_one_has_a_pixel() -> None:
     (negative,) = convert(Box(3, (2, 6, 8), (2, 10, 14), positive=False))
     assert not negative.positive
