@@ -202,7 +202,7 @@ class ClusteringPropagationNet(nn.Module):
     def found_classes(self, result: SliceResult) -> Tensor:
         """Return which classes a slice shows, (B, heads), bool, by their pixels and presence."""
         likely = result.presence.sigmoid() > PRESENT
-        return self.layout.present(result.logits) & likely
+        return (self.layout.areas(result.logits) > 0) & likely
 
     def update_state(
         self, state: State, result: SliceResult, distance_mm: Tensor, gate: Tensor | None = None

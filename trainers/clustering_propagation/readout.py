@@ -81,9 +81,9 @@ class CentreLayout:
         background = background - log(BACKGROUND_CENTRES)
         return torch.cat((background, similarity[:, BACKGROUND_CENTRES:]), 1)
 
-    def present(self, logits: Tensor) -> Tensor:
-        """Return which classes have a pixel, (B, K), bool, for logits (B, K, H, W)."""
+    def areas(self, logits: Tensor) -> Tensor:
+        """Return the number of pixels of each class, (B, K), for logits (B, K, H, W)."""
         if self.regions:
-            return (logits > 0).flatten(2).any(2)
+            return (logits > 0).sum((2, 3))
         winners = logits.argmax(1).flatten(1)
-        return torch.stack([(winners == k).any(1) for k in range(self.classes)], 1)
+        return torch.stack([(winners == k).sum(1) for k in range(self.classes)], 1)

@@ -1,0 +1,170 @@
+"""Corrections of a volume (spec 3; invariants 1, 2, 7, 10, 11 and 16)."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from nnmosaic.trainers.clustering_propagation.interactive_volume import (
+    UNDO_LEVELS,
+    InteractiveVolume,
+    Marks,
+)
+from nnmosaic.trainers.clustering_propagation.network import ClusteringPropagationNet
+from nnmosaic.trainers.clustering_propagation.predictor import PropagationPredictor
+from nnmosaic.trainers.clustering_propagation.volume_features import (
+    VolumeFeatures,
+    mirrored_copies,
+)
+
+CPU = torch.device("cpu")
+SLICES, ROWS, COLUMNS = 13, 16, 20
+
+
+@pytest.fixture
+def image() -> Tensor:
+    return torch.randn(2, SLICES, ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=[False, True], ids=["labels", "regions"])
+def network(
+    request: pytest.FixtureRequest, make_network: Callable[..., ClusteringPropagationNet]
+) -> ClusteringPropagationNet:
+    made = make_network(regions=request.param)
+    torch.nn.init.normal_(made.head.from_user.weight, std=0.5)
+    return made
+
+
+def volume(
+    network: ClusteringPropagationNet, image: Tensor, *, mirror: bool = False, honour: bool = True
+) -> InteractiveVolume:
+    copies = mirrored_copies((0, 1) if mirror else ())
+    features = VolumeFeatures(network, image, patch_size=(16, 24), copies=copies, device=CPU)
+    return InteractiveVolume(features, distance_mm=2.0, honour_marks=honour)
+
+
+def click(network: ClusteringPropagationNet, row: int, column: int, channel: int = 2) -> Marks:
+    weights = torch.zeros(len(network.layout.slots), ROWS, COLUMNS)
+    weights[channel, row, column] = 1
+    on = torch.zeros(network.layout.classes, ROWS, COLUMNS, dtype=torch.bool)
+    on[channel, row, column] = True
+    return Marks(weights, on, torch.zeros_like(on))
+
+
+def test_without_marks_it_is_the_automatic_result(
+    network: ClusteringPropagationNet, image: Tensor
+) -> None:
+    predictor = PropagationPredictor(device=CPU, perform_everything_on_device=False)
+    predictor.sweep, predictor.slice_distance = "both", 2.0
+    found = volume(network, image)
+    predictor.volume_features = lambda data: found.features  # type: ignore[method-assign]
+    automatic = predictor.predict_sliding_window_return_logits(image)
+    assert torch.equal(found.logits(), automatic)
+    assert found.add({}) == range(0)
+    assert torch.equal(found.logits(), automatic)
+    assert found.undo() is None
+
+
+def test_a_mark_travels_both_ways_and_is_honoured(
+    network: ClusteringPropagationNet, image: Tensor
+) -> None:
+    found = volume(network, image)
+    before = found.logits()
+    assert found.add({6: click(network, 4, 5)}) == range(SLICES)
+    after = found.logits()
+    moved = (after - before).flatten(2).abs().amax((0, 2))
+    assert (moved[[5, 6, 7]] > 0).all()
+    pixel = after[:, 6, 4, 5]
+    assert pixel[2] > 0 if network.layout.regions else pixel.argmax() == 2
+    unforced = volume(network, image, honour=False)
+    unforced.add({6: click(network, 4, 5)})
+    differs = (unforced.logits() != after).nonzero()
+    assert {tuple(place[1:].tolist()) for place in differs} <= {(6, 4, 5)}
+
+
+def test_marks_change_nothing_beyond_their_neighbours(
+    network: ClusteringPropagationNet, image: Tensor
+) -> None:
+    found = volume(network, image)
+    found.add({3: click(network, 4, 5), 10: click(network, 9, 12, 1)})
+    before = found.logits()
+    changed = found.add({7: click(network, 2, 2)})
+    assert changed == range(4, 10)
+    moved = (found.logits() != before).flatten(2).any(2).any(0).nonzero().flatten().tolist()
+    assert 7 in moved
+    assert set(moved) <= set(changed)
+    again = found.logits()
+    assert found.add({3: click(network, 8, 8)}) == range(7)  # marked again: both sides of it
+    assert torch.equal(found.logits(range(7, SLICES)), again[:, 7:])
+
+
+def test_undo_is_exact(network: ClusteringPropagationNet, image: Tensor) -> None:
+    found = volume(network, image)
+    states = [found.logits()]
+    steps = [{6: click(network, 4, 5)}, {2: click(network, 4, 5, 1)}, {6: click(network, 9, 9, 1)}]
+    for marks in steps:
+        found.add(marks)
+        states.append(found.logits())
+    for expected in states[-2::-1]:
+        assert found.undo() is not None
+        assert torch.equal(found.logits(), expected)
+    for marks, expected in zip(steps, states[1:], strict=True):
+        found.add(marks)
+        assert torch.equal(found.logits(), expected)
+    for _ in range(UNDO_LEVELS + 1):
+        found.add({1: click(network, 1, 1)})
+    assert sum(found.undo() is not None for _ in range(UNDO_LEVELS + 1)) == UNDO_LEVELS
+
+
+def test_the_order_of_marks_does_not_matter(
+    network: ClusteringPropagationNet, image: Tensor
+) -> None:
+    one, other = click(network, 4, 5), click(network, 7, 8, 1)
+    results = []
+    for marks in ({4: one + other, 9: one}, {9: one, 4: other + one}):
+        found = volume(network, image)
+        found.add(marks)
+        results.append(found.logits())
+    assert torch.equal(*results)
+    found = volume(network, image)
+    found.add({4: one + other + one + other, 9: one + one})  # equally often: the same means
+    torch.testing.assert_close(found.logits(), results[0], rtol=2e-3, atol=2e-3)
+
+
+def test_mirrored_marks_on_a_mirrored_image(
+    network: ClusteringPropagationNet, image: Tensor
+) -> None:
+    image = torch.nn.functional.pad(image, (0, 4))  # as large as the patch
+    results = []
+    for axes in ((), (2,), (1, 2)):
+        found = volume(network, image.flip([axis + 1 for axis in axes]), mirror=True)
+        mark = click(network, 4, 5)
+        parts = (torch.nn.functional.pad(part, (0, 4)).flip(axes) for part in vars(mark).values())
+        found.add({6: Marks(*parts)})
+        results.append(found.logits().flip([axis + 1 for axis in axes]))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=5e-3, atol=5e-3)
+
+
+def test_the_doubtful_slice_has_no_marks(network: ClusteringPropagationNet, image: Tensor) -> None:
+    found = volume(network, image)
+    first = found.doubtful_slice()
+    assert first is not None
+    found.add({first: click(network, 4, 5)})
+    assert found.doubtful_slice() not in (None, first)
+    found.add({index: click(network, 4, 5) for index in range(SLICES)})
+    assert found.doubtful_slice() is None
+
+
+def test_anchors_weigh_the_sweeps_by_distance(
+    network: ClusteringPropagationNet, image: Tensor
+) -> None:
+    found = volume(network, image)
+    assert {found._weight_of_up(index) for index in range(SLICES)} == {0.5}
+    found.add({3: click(network, 4, 5), 7: click(network, 4, 5)})
+    weights = [found._weight_of_up(index) for index in range(SLICES)]
+    assert weights[3:8] == [0.5, 0.75, 0.5, 0.25, 0.5]
+    assert weights[:3] == [0.375, 0.25, 0.125]  # near the anchor, what comes down from it
+    assert weights[8] == 1 - 0.5 / 6
+    assert weights[12] == 1 - 2.5 / 6

@@ -1,0 +1,266 @@
+"""One volume that a person corrects slice by slice (clustering_propagation.md, 3, interactive).
+
+The automatic result is a sweep up and a sweep down. A slice with marks is an anchor: it is decoded
+again in both sweeps, from the centres that it had, with the marks; what it finds travels on to the
+next anchor in each direction, and no further. Between two anchors the sweeps are weighted by their
+distance; the end of the volume counts as half an anchor, since nobody looked there.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nnmosaic.trainers.clustering_propagation.memory import State
+from nnmosaic.trainers.clustering_propagation.network import SliceResult
+from nnmosaic.trainers.clustering_propagation.predictor import blend, travel
+from nnmosaic.trainers.clustering_propagation.volume_features import VolumeFeatures
+
+UNDO_LEVELS = 8
+"""Each keeps the logits of the slices that were changed."""
+UNCHANGED_SLICES, UNCHANGED_DICE = 3, 0.995
+"""A correction has died out when so many slices in a row are as good as they were (3)."""
+HONOURED = 1.0
+"""By which the logit of a marked class exceeds all others at its pixels."""
+
+
+@dataclass(frozen=True, eq=False)
+class Marks:
+    """What a person marked on one slice.
+
+    Attributes
+    ----------
+    weights : Tensor, shape (slots, H, W)
+        As `ClusteringPropagationNet.pool_prompts` takes them, without padding.
+    on, off : Tensor, shape (K, H, W), bool
+        Pixels that surely are, and are not, of a class.
+    """
+
+    weights: Tensor
+    on: Tensor
+    off: Tensor
+
+    def __add__(self, other: "Marks") -> "Marks":
+        """Return both; where they disagree about a pixel, the other one, which is later, counts."""
+        return Marks(
+            self.weights + other.weights,
+            self.on & ~other.off | other.on,
+            self.off & ~other.on | other.off,
+        )
+
+
+@dataclass(eq=False)
+class _Sweep:
+    """One direction through the volume.
+
+    Attributes
+    ----------
+    before : list of State
+        The memory with which each slice begins.
+    centres : list of Tensor, each (copies, N, D)
+        What each slice ended with.
+    logits : Tensor, shape (K, Z, H, W), half precision
+    """
+
+    step: Literal[1, -1]
+    before: list[State]
+    centres: list[Tensor]
+    logits: Tensor
+
+    def part(self, changed: range) -> tuple[list[State], list[Tensor], Tensor]:
+        """Return a copy of what is known of some slices."""
+        these = slice(changed.start, changed.stop)
+        return self.before[these], self.centres[these], self.logits[:, these].clone()
+
+    def restore(self, changed: range, part: tuple[list[State], list[Tensor], Tensor]) -> None:
+        """Put back what `part` returned."""
+        these = slice(changed.start, changed.stop)
+        self.before[these], self.centres[these], self.logits[:, these] = part
+
+
+@dataclass(frozen=True, eq=False)
+class _Undo:
+    changed: range
+    marks: Mapping[int, Marks]
+    parts: Sequence[tuple[list[State], list[Tensor], Tensor]] = field(default_factory=tuple)
+
+
+class InteractiveVolume:
+    """A volume with the automatic result, which marks change.
+
+    Parameters
+    ----------
+    features : VolumeFeatures
+        With room for all slices, or every correction works them out again.
+    distance_mm : float
+        Between neighbouring slices.
+    honour_marks : bool
+        Whether marked pixels get their class on their slice, whatever the network says.
+    """
+
+    def __init__(
+        self, features: VolumeFeatures, *, distance_mm: float, honour_marks: bool = True
+    ) -> None:
+        self.features, self.distance_mm, self.honour_marks = features, distance_mm, honour_marks
+        self.marks: Mapping[int, Marks] = {}
+        """Slice -> what was marked on it."""
+        self._sweeps = [self._automatic(1), self._automatic(-1)]
+        self._undo: deque[_Undo] = deque(maxlen=UNDO_LEVELS)
+
+    # ---------------------------------------------------------------- what is found
+
+    def logits(self, slices: Iterable[int] | None = None) -> Tensor:
+        """Return logits (K, slices, H, W), half precision; default: of all slices."""
+        wanted = range(len(self.features)) if slices is None else slices
+        return torch.stack([self._slice_logits(index) for index in wanted], 1)
+
+    def _slice_logits(self, index: int) -> Tensor:
+        up, down = (sweep.logits[:, index] for sweep in self._sweeps)
+        logits = blend(up, down, self._weight_of_up(index))
+        if self.honour_marks and index in self.marks:
+            logits = self._honoured(logits, self.marks[index])
+        return logits
+
+    def _weight_of_up(self, index: int) -> float:
+        below = max((anchor for anchor in self.marks if anchor <= index), default=None)
+        above = min((anchor for anchor in self.marks if anchor >= index), default=None)
+        if (below is None and above is None) or below == above:
+            return 0.5
+        if above is None and below is not None:
+            return 1 - 0.5 * (index - below) / (len(self.features) - below)
+        if below is None and above is not None:
+            return 0.5 * (above - index) / (above + 1)
+        return (above - index) / (above - below)  # type: ignore[operator]
+
+    def _honoured(self, logits: Tensor, marks: Marks) -> Tensor:
+        if self.features.network.layout.regions:
+            enough = logits.abs().clamp_min(HONOURED)
+            return torch.where(marks.on, enough, torch.where(marks.off, -enough, logits))
+        highest = logits.max(0, keepdim=True).values + HONOURED
+        return torch.where(marks.on, highest, logits)
+
+    def doubtful_slice(self) -> int | None:
+        """Return the slice without marks that is least sure; None: all have some.
+
+        By the entropy of the mean probabilities, summed over the slice: it grows with the doubt of
+        each sweep and with their disagreement.
+        """
+        regions = self.features.network.layout.regions
+        doubts = {}
+        for index in set(range(len(self.features))) - set(self.marks):
+            found = torch.stack([sweep.logits[:, index] for sweep in self._sweeps]).float()
+            mean = found.sigmoid().mean(0) if regions else found.softmax(1).mean(0)
+            doubt = -mean * mean.clamp_min(1e-6).log()
+            if regions:
+                doubt = doubt - (1 - mean) * (1 - mean).clamp_min(1e-6).log()
+            doubts[index] = float(doubt.sum())
+        return max(doubts, key=lambda index: (doubts[index], -index)) if doubts else None
+
+    # ---------------------------------------------------------------- what is marked
+
+    def add(self, marks: Mapping[int, Marks]) -> range:
+        """Take marks of some slices into account; return the slices that may have changed.
+
+        All marks of one call are taken together: their order does not matter.
+        """
+        if not marks:
+            return range(0)
+        changed = self._reach(marks)
+        parts = [sweep.part(changed) for sweep in self._sweeps]
+        self._undo.append(_Undo(changed, self.marks, parts))
+        added = {i: self.marks[i] + new if i in self.marks else new for i, new in marks.items()}
+        self.marks = {**self.marks, **added}
+        for sweep in self._sweeps:
+            for index in sorted(marks, reverse=sweep.step < 0):
+                self._spread(sweep, index, new=marks.keys())
+        return changed
+
+    def undo(self) -> range | None:
+        """Take the last `add` back exactly; return the slices that changed, None: nothing left."""
+        if not self._undo:
+            return None
+        last = self._undo.pop()
+        self.marks = last.marks
+        for sweep, part in zip(self._sweeps, last.parts, strict=True):
+            sweep.restore(last.changed, part)
+        return last.changed
+
+    def _reach(self, marks: Mapping[int, Marks]) -> range:
+        """Return all slices up to the anchors around, which do not change unless marked again."""
+        low, high = min(marks), max(marks)
+        first = max((anchor + 1 for anchor in self.marks if anchor < low), default=0)
+        last = min((anchor for anchor in self.marks if anchor > high), default=len(self.features))
+        return range(first, last)
+
+    # ---------------------------------------------------------------- sweeps
+
+    def _automatic(self, step: Literal[1, -1]) -> _Sweep:
+        features = self.features
+        number = len(features)
+        state = features.network.initial_state(len(features.copies))
+        before: list[State] = [state] * number
+        centres: list[Tensor] = [torch.empty(0)] * number
+        logits: Tensor | None = None
+        for index, result, after in travel(
+            features, range(number)[::step], state, distance_mm=self.distance_mm
+        ):
+            merged = features.merged(result.logits)
+            if logits is None:
+                logits = merged.new_zeros(len(merged), number, *merged.shape[1:])
+            logits[:, index], before[index], centres[index] = merged, state, result.centres
+            state = after
+        if logits is None:
+            raise ValueError("a volume must have slices")
+        return _Sweep(step, before, centres, logits)
+
+    def _spread(self, sweep: _Sweep, anchor: int, *, new: Iterable[int]) -> None:
+        """Decode an anchor again, and carry what it shows to the next one."""
+        state = self._decode_anchor(sweep, anchor)
+        new = set(new)
+        calm = 0
+        way = range(anchor + sweep.step, len(self.features) if sweep.step > 0 else -1, sweep.step)
+        for index in way:
+            if index in self.marks:
+                if index in new:
+                    sweep.before[index] = state
+                return
+            ((_, result, after),) = travel(
+                self.features, [index], state, distance_mm=self.distance_mm
+            )
+            logits = self.features.merged(result.logits)
+            calm = calm + 1 if self._alike(logits, sweep.logits[:, index]) else 0
+            sweep.before[index], sweep.centres[index] = state, result.centres
+            sweep.logits[:, index] = logits
+            if calm == UNCHANGED_SLICES and not new & set(way[way.index(index) :]):
+                return
+            state = after
+
+    def _decode_anchor(self, sweep: _Sweep, anchor: int) -> State:
+        features, network = self.features, self.features.network
+        before = sweep.before[anchor]
+        step = torch.full((len(features.copies),), self.distance_mm, device=features.device)
+        with torch.inference_mode(), features.autocast():
+            here = features[anchor]
+            weights = features.mirrored(self.marks[anchor].weights).to(features.device)
+            prompts = network.pool_prompts(here, weights)
+            centres = network.initial_centres(before, prompts, base=sweep.centres[anchor])
+            result: SliceResult = network.decode(here, centres)
+            shown = prompts.given[:, : network.layout.classes]
+            gate = network.found_classes(result) | shown
+            after = network.update_state(before, result, step, gate)
+        sweep.centres[anchor] = result.centres
+        sweep.logits[:, anchor] = features.merged(result.logits)
+        return after
+
+    def _alike(self, one: Tensor, other: Tensor) -> bool:
+        """Return whether the masks of a slice are the same but for a few pixels."""
+        if self.features.network.layout.regions:
+            first, second = one > 0, other > 0
+        else:
+            first, second = one.argmax(0), other.argmax(0)
+        different = int((first != second).sum())
+        area = int((first > 0).sum() + (second > 0).sum())
+        return 2 * different <= (1 - UNCHANGED_DICE) * area

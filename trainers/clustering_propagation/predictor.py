@@ -1,0 +1,127 @@
+"""Prediction of volumes slice by slice, with centres that travel (clustering_propagation.md, 3)."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from nnmosaic.trainers.clustering_propagation.memory import State
+from nnmosaic.trainers.clustering_propagation.network import SliceResult
+from nnmosaic.trainers.clustering_propagation.volume_features import (
+    VolumeFeatures,
+    mirrored_copies,
+)
+from nnmosaic.trainers.predictor import MosaicPredictor
+from nnmosaic.trainers.resumable import plain_network
+
+Sweep: TypeAlias = Literal["both", "up", "down", "centre_out", "none"]
+SWEEPS: tuple[Sweep, ...] = ("both", "up", "down", "centre_out", "none")
+LOOKED_AT = 4
+"""Every how many slices ``centre_out`` looks for the one to start from."""
+
+
+def travel(
+    features: VolumeFeatures, slices: Iterable[int], state: State, *, distance_mm: float
+) -> Iterator[tuple[int, SliceResult, State]]:
+    """Yield index, result and memory afterwards of slices, one after another.
+
+    Parameters
+    ----------
+    state : State
+        Before the first of them.
+    distance_mm : float
+        Between neighbouring slices, and from the last slice of ``state`` to the first one.
+    """
+    network = features.network
+    step = torch.full((len(features.copies),), distance_mm, device=features.device)
+    for index in slices:
+        with torch.inference_mode(), features.autocast():
+            result = network.decode(features[index], network.initial_centres(state))
+            state = network.update_state(state, result, step)
+        yield index, result, state
+
+
+def blend(one: Tensor, other: Tensor, weight: float) -> Tensor:
+    """Return weight * one + (1 - weight) * other, in half precision."""
+    return (weight * one.float() + (1 - weight) * other.float()).half()
+
+
+class PropagationPredictor(MosaicPredictor):
+    """nnU-Net's predictor with whole slices and sweeps in the place of a sliding window.
+
+    Attributes
+    ----------
+    sweep : str
+        "both": up and down, averaged; "up"; "down"; "centre_out": from the slice that shows most to
+        both ends; "none": each slice by itself, as nnU-Net's own predictor does with this model.
+    slice_distance : float
+        Millimetres between the slices of the next image.
+    """
+
+    sweep: Sweep = "both"
+    slice_distance: float = 1.0
+
+    def set_case(self, properties: dict[str, Any]) -> None:
+        """Take what the next image's properties, as nnU-Net's preprocessor left them, say."""
+        axis = self.plans_manager.transpose_forward[0]
+        self.slice_distance = float(properties["spacing"][axis])
+
+    def volume_features(self, image: Tensor) -> VolumeFeatures:
+        """Return the features of a preprocessed image, (channels, Z, H, W), with this network."""
+        axes = self.allowed_mirroring_axes if self.use_mirroring else None
+        return VolumeFeatures(
+            plain_network(self.network).to(self.device).eval(),
+            image,
+            patch_size=self.configuration_manager.patch_size,
+            copies=mirrored_copies(axes or ()),
+            device=self.device,
+        )
+
+    def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
+        """Return logits (K, Z, H, W), half precision, of an image (channels, Z, H, W)."""
+        features = self.volume_features(input_image)
+        sweeps = ("up", "down") if self.sweep == "both" else (self.sweep,)
+        found: Tensor | None = None
+        for sweep in sweeps:
+            for index, logits in self._swept(features, sweep):
+                if found is None:
+                    found = logits.new_zeros(len(logits), len(features), *logits.shape[1:])
+                again = sweep != sweeps[0]
+                found[:, index] = blend(found[:, index], logits, 0.5) if again else logits
+        if found is None:
+            raise ValueError(f"input_image must have slices, got shape {tuple(input_image.shape)}")
+        return found
+
+    def _swept(self, features: VolumeFeatures, sweep: str) -> Iterator[tuple[int, Tensor]]:
+        """Yield index and logits (K, H, W) of all slices."""
+        ways = self._ways(features, sweep)
+        state = empty = features.network.initial_state(len(features.copies))
+        for way in ways:
+            for index, result, after in travel(
+                features, way, state, distance_mm=self.slice_distance
+            ):
+                if index == ways[0][0]:
+                    state = empty if sweep == "none" else after
+                yield index, features.merged(result.logits)
+
+    def _ways(self, features: VolumeFeatures, sweep: str) -> list[Sequence[int]]:
+        """Return the orders in which slices are visited; each goes on from the very first slice."""
+        last = len(features)
+        if sweep == "none":
+            return [[index] for index in range(last)]
+        if sweep in ("up", "down"):
+            return [range(last)[:: 1 if sweep == "up" else -1]]
+        start = self._fullest(features)
+        return [range(start, last), range(start - 1, -1, -1)]
+
+    def _fullest(self, features: VolumeFeatures) -> int:
+        """Return the slice that shows the classes best: presence times area, summed."""
+        layout = features.network.layout
+        empty = features.network.initial_state(len(features.copies))
+        scores = {}
+        for index in range(0, len(features), LOOKED_AT):
+            ((_, result, _),) = travel(features, [index], empty, distance_mm=0)
+            seen = result.presence.sigmoid() * layout.areas(result.logits)
+            scores[index] = float(seen[:, 0 if layout.regions else 1 :].sum())
+        return max(scores, key=scores.__getitem__)
