@@ -143,6 +143,24 @@ class RaterPlan:
 
 
 @dataclass(frozen=True)
+class ClusteringPlan:
+    """What a network with travelling class centres is built from (clustering_propagation.md).
+
+    The trainer writes it into its copy of the plans, which becomes that of the trained model: any
+    plans will do, also nnU-Net's own, in which nothing tells labels from regions.
+
+    Attributes
+    ----------
+    memory : {"gru", "last", "window"}
+    regions : bool
+        Whether the output channels are regions, which may overlap.
+    """
+
+    memory: str = "gru"
+    regions: bool = False
+
+
+@dataclass(frozen=True)
 class PlansSection:
     """nnMosaic's section of the plans.
 
@@ -161,6 +179,8 @@ class PlansSection:
         for plans that fit some minutes also "seconds_per_fold".
     multirater : RaterPlan, optional
         Where the dataset declares raters.
+    clustering : ClusteringPlan, optional
+        In the plans of a trained model of that kind.
     """
 
     budget: Mapping[str, Any] = field(default_factory=dict)
@@ -168,6 +188,7 @@ class PlansSection:
     decisions: tuple[Decision, ...] = ()
     expected: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     multirater: RaterPlan | None = None
+    clustering: ClusteringPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -209,6 +230,7 @@ def read_section(plans: Mapping[str, Any]) -> PlansSection:
         tuple(Decision(**decision) for decision in section.get("decisions", ())),
         section.get("expected", {}),
         _rater_plan(section.get("multirater")),
+        ClusteringPlan(**section["clustering"]) if "clustering" in section else None,
     )
 
 
@@ -239,6 +261,7 @@ def _rater_plan(content: Mapping[str, Any] | None) -> RaterPlan | None:
 def write_section(plans: dict[str, Any], section: PlansSection) -> None:
     """Put the section into ``plans``, in place."""
     content = {**asdict(section), "run_settings": section.run_settings.given()}
-    if section.multirater is None:
-        del content["multirater"]
+    for name in ("multirater", "clustering"):
+        if content[name] is None:
+            del content[name]
     plans[SECTION] = content

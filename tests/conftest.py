@@ -165,7 +165,8 @@ def prepared(workspace: Path, cache: Path, make_dataset: Callable[..., Path]) ->
 
     4: both balls are labelled in all 5 cases. 7: merged from a source that labels bright balls
     and one that labels dark balls, 5 cases each. 8: as 4, drawn by three raters, too small, exactly
-    and too large; the last one has not annotated case01.
+    and too large; the last one has not annotated case01. The first two also for the configuration
+    2d.
     """
     if cache.is_dir():
         shutil.copytree(cache, workspace, symlinks=True, dirs_exist_ok=True)
@@ -177,8 +178,9 @@ def prepared(workspace: Path, cache: Path, make_dataset: Callable[..., Path]) ->
     assert main(["merge", "-d", "7", "-n", "Merged", "--sources", "5", "6"]) == 0
     _add_raters(raw)
     for identifier in ("4", "7", "8"):
-        command = ["plan_and_preprocess", "-d", identifier, "-c", "3d_fullres", "--device", "cpu"]
-        assert main(command) == 0
+        configurations = ["3d_fullres"] if identifier == "8" else ["3d_fullres", "2d"]
+        command = ["plan_and_preprocess", "-d", identifier, "-c", *configurations]
+        assert main([*command, "--device", "cpu"]) == 0
     shutil.copytree(workspace, cache, symlinks=True)
     return workspace
 
@@ -206,7 +208,9 @@ def plans_of() -> Callable[..., dict[str, Any]]:
 def make_trainer(prepared: Path, plans_of: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that makes a trainer for 3 short epochs on the CPU."""
 
-    def make(cls: type, dataset: str = COMPLETE, **settings: Any) -> Any:
+    def make(
+        cls: type, dataset: str = COMPLETE, configuration: str = "3d_fullres", **settings: Any
+    ) -> Any:
         import torch
 
         from nnmosaic.planners.plans_section import RunSettings
@@ -214,7 +218,7 @@ def make_trainer(prepared: Path, plans_of: Callable[..., Any]) -> Callable[..., 
         folder = prepared / "nnUNet_preprocessed" / dataset
         content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         plans = plans_of(dataset, plain=True)
-        trainer = cls(plans, "3d_fullres", 0, content, torch.device("cpu"))
+        trainer = cls(plans, configuration, 0, content, torch.device("cpu"))
         if hasattr(trainer, "request_settings"):
             short = {"epochs": 3, "iterations_per_epoch": 3, "val_iterations_per_epoch": 2}
             trainer.request_settings(RunSettings(**{**short, **settings}))

@@ -7,6 +7,7 @@ TRAINERS = {
     "nnUNetTrainerSelfDisambiguationContext": "nnmosaic.trainers.self_disambiguation_context",
     "nnUNetTrainerMultiRaterDiversified": "nnmosaic.trainers.multi_rater.diversified",
     "nnUNetTrainerMultiRaterPersonalized": "nnmosaic.trainers.multi_rater.personalized",
+    "nnUNetTrainerClusteringPropagation": "nnmosaic.trainers.clustering_propagation.trainer",
 }
 """Trainer class -> module. The names are in results folders and checkpoints: do not change them."""
 

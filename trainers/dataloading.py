@@ -1,4 +1,4 @@
-"""nnU-Net's data loaders, with a training loader of the trainer's choice."""
+"""nnU-Net's data loaders, with loaders of the trainer's choice."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +12,9 @@ Batches = Iterator[dict[str, Any]]
 
 
 def make_loaders(
-    trainer: Any, training_loader: Callable[..., nnUNetDataLoader]
+    trainer: Any,
+    training_loader: Callable[..., nnUNetDataLoader],
+    validation_loader: Callable[..., nnUNetDataLoader] = nnUNetDataLoader,
 ) -> tuple[Batches, Batches]:
     """Return batches for training and validation as nnU-Net's ``get_dataloaders`` does.
 
@@ -20,7 +22,7 @@ def make_loaders(
     ----------
     trainer : nnUNetTrainer
         Initialised.
-    training_loader : callable
+    training_loader, validation_loader : callable
         Called like `nnUNetDataLoader`, whose ``get_indices`` and ``get_bbox`` decide what is drawn.
     """
     patch_size = trainer.configuration_manager.patch_size
@@ -49,7 +51,7 @@ def make_loaders(
             training, trainer.batch_size, initial_patch_size, patch_size, labels,
             transforms=transforms, **common,
         ),
-        nnUNetDataLoader(
+        validation_loader(
             validation, trainer.batch_size, patch_size, patch_size, labels,
             transforms=trainer.get_validation_transforms(scales, **meaning), **common,
         ),

@@ -125,6 +125,7 @@ class ResumableTrainer(nnUNetTrainer):
             random.seed(settings.seed)
             np.random.seed(settings.seed)
             torch.manual_seed(settings.seed)
+        self.prepare()
         super().initialize()
         if self.planned_for_cpu and self.device.type == "cpu":
             # Same weights, other order in memory: a step takes a fifth less time on 2 cores.
@@ -133,6 +134,9 @@ class ResumableTrainer(nnUNetTrainer):
             self.network = self.network.to(memory_format=layout)
         if settings.given():
             self.print_to_log_file(f"Run settings: {settings.given()}")
+
+    def prepare(self) -> None:
+        """Do what comes between options and network: the hook for what shapes the network."""
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """Return optimizer and schedule; without settings nnU-Net's."""

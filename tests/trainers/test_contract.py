@@ -18,6 +18,7 @@ from nnmosaic.trainers.lookup import trainer_class
 SHIM = Path(nnmosaic.trainers.ext_trainer.__file__).parent / "nnmosaic_trainers.py"
 DATASETS = ("Dataset004_Balls", "Dataset007_Merged")
 OF_RATERS = "Dataset008_Raters"
+OF_SLICES = ("nnUNetTrainerClusteringPropagation",)
 each_trainer = pytest.mark.parametrize("name", list(TRAINERS))
 TRAINER_AND_DATASET = [
     (name, dataset)
@@ -25,6 +26,10 @@ TRAINER_AND_DATASET = [
     for dataset in ((OF_RATERS,) if name in RATER_TRAINERS else DATASETS)
 ]
 each_trainer_and_dataset = pytest.mark.parametrize(("name", "dataset"), TRAINER_AND_DATASET)
+
+
+def configuration(name: str) -> str:
+    return "2d" if name in OF_SLICES else "3d_fullres"
 
 
 @each_trainer
@@ -40,7 +45,7 @@ def test_the_shim_gives_nnunet_the_same_class(name: str) -> None:
 def test_the_network_is_as_nnunet_reads_it(
     name: str, dataset: str, make_trainer: Callable[..., Any]
 ) -> None:
-    trainer = make_trainer(trainer_class(name), dataset)
+    trainer = make_trainer(trainer_class(name), dataset, configuration(name))
     trainer.initialize()
     data = torch.randn(1, 1, *trainer.configuration_manager.patch_size)
     for mode in (trainer.network.train(), trainer.network.eval()):
@@ -67,7 +72,7 @@ def test_steps_on_a_fixed_batch_lower_the_loss(
 ) -> None:
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(3)
-    trainer = make_trainer(trainer_class(name), dataset)
+    trainer = make_trainer(trainer_class(name), dataset, configuration(name))
     trainer.on_train_start()
     batch = next(trainer.dataloader_train)
     losses = [float(trainer.train_step(batch)["loss"]) for _ in range(15)]
@@ -81,13 +86,12 @@ def test_steps_on_a_fixed_batch_lower_the_loss(
 
 @each_trainer
 def test_arguments_are_not_changed(name: str, make_trainer: Callable[..., Any]) -> None:
-    template = make_trainer(
-        trainer_class(name), OF_RATERS if name in RATER_TRAINERS else DATASETS[0]
-    )
+    dataset = OF_RATERS if name in RATER_TRAINERS else DATASETS[0]
+    template = make_trainer(trainer_class(name), dataset, configuration(name))
     plans = {**template.my_init_kwargs["plans"], "continue_training": False}
     before = repr(plans)
     trainer = trainer_class(name)(
-        plans, "3d_fullres", 0, template.dataset_json, torch.device("cpu")
+        plans, configuration(name), 0, template.dataset_json, torch.device("cpu")
     )
     trainer.initialize()
     assert repr(plans) == before

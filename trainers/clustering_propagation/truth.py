@@ -1,0 +1,45 @@
+"""Masks of the classes, the same for plain labels and for regions."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class Truth(NamedTuple):
+    """What the labels say, class by class.
+
+    Attributes
+    ----------
+    masks : Tensor, shape (..., K, H, W), bool
+        In the order of the output channels.
+    annotated : Tensor, shape (..., 1, H, W), bool
+        False at ignored pixels, where all masks are False.
+    """
+
+    masks: Tensor
+    annotated: Tensor
+
+    @classmethod
+    def of(
+        cls, target: Tensor, classes: int, *, regions: bool, ignore_label: int | None
+    ) -> "Truth":
+        """Return the masks of a target (..., 1, H, W), or (..., K (+ ignored), H, W) of regions."""
+        if regions:
+            ignored = target[..., classes:, :, :].any(-3, keepdim=True)
+            return cls(target[..., :classes, :, :].bool() & ~ignored, ~ignored)
+        labels = target[..., 0, :, :].long()
+        annotated = torch.ones_like(labels, dtype=torch.bool)
+        if ignore_label is not None:
+            annotated = labels != ignore_label
+        masks = functional.one_hot(labels * annotated, classes).movedim(-1, -3).bool()
+        return cls(masks & annotated.unsqueeze(-3), annotated.unsqueeze(-3))
+
+
+def masks_of(logits: Tensor, *, regions: bool) -> Tensor:
+    """Return predicted masks (..., K, H, W), bool, for logits of this shape."""
+    if regions:
+        return logits > 0
+    labels = logits.argmax(-3)
+    return functional.one_hot(labels, logits.shape[-3]).movedim(-1, -3).bool()
