@@ -195,6 +195,10 @@ class nnUNetTrainerMosaic(ResumableTrainer):
 
         return infer_dataset_class(self.preprocessed_dataset_folder)
 
+    def predict_and_score_validation(self, save_probabilities: bool) -> None:
+        """Write label maps and ``summary.json``: the hook for another way to predict."""
+        super().perform_actual_validation(save_probabilities)
+
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validate as nnU-Net does; then score each class only where it was annotated.
 
@@ -204,7 +208,7 @@ class nnUNetTrainerMosaic(ResumableTrainer):
         folder = Path(self.output_folder) / "validation"
         if self.local_rank == 0:
             (folder / "summary_raw.json").unlink(missing_ok=True)
-        super().perform_actual_validation(save_probabilities)
+        self.predict_and_score_validation(save_probabilities)
         if self.local_rank != 0 or self.dataset.partial_labels is None:
             return
         base = Path(self.preprocessed_dataset_folder_base)

@@ -83,7 +83,11 @@ def load_predictor(
     dataset_json = read_json(model / "dataset.json")
     configuration = plans.get_configuration(content["init_args"]["configuration"])
     network = _network(content["trainer_name"], plans, configuration, dataset_json)
-    predictor = MosaicPredictor(
+    # nnU-Net's own trainers do not say.
+    predictor_class = getattr(
+        trainer_class(content["trainer_name"]), "predictor_class", MosaicPredictor
+    )
+    predictor: MosaicPredictor = predictor_class(
         tile_step_size=step_size,
         use_mirroring=mirroring,
         perform_everything_on_device=device.type == "cuda",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nnmosaic.trainers.clustering_propagation.memory import State
 from nnmosaic.trainers.clustering_propagation.network import SliceResult
-from nnmosaic.trainers.clustering_propagation.predictor import blend, travel
+from nnmosaic.trainers.clustering_propagation.travel import blend, travel
 from nnmosaic.trainers.clustering_propagation.volume_features import VolumeFeatures
 
 UNDO_LEVELS = 8

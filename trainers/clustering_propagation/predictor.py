@@ -1,14 +1,16 @@
 """Prediction of volumes slice by slice, with centres that travel (clustering_propagation.md, 3)."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
-from nnmosaic.trainers.clustering_propagation.memory import State
-from nnmosaic.trainers.clustering_propagation.network import SliceResult
+from nnmosaic.trainers.clustering_propagation.interactive_volume import InteractiveVolume
+from nnmosaic.trainers.clustering_propagation.marks import apply_prompts
+from nnmosaic.trainers.clustering_propagation.slice_prompts import SlicePrompt
+from nnmosaic.trainers.clustering_propagation.travel import blend, travel
 from nnmosaic.trainers.clustering_propagation.volume_features import (
+    MOST_BYTES,
     VolumeFeatures,
     mirrored_copies,
 )
@@ -21,32 +23,6 @@ LOOKED_AT = 4
 """Every how many slices ``centre_out`` looks for the one to start from."""
 
 
-def travel(
-    features: VolumeFeatures, slices: Iterable[int], state: State, *, distance_mm: float
-) -> Iterator[tuple[int, SliceResult, State]]:
-    """Yield index, result and memory afterwards of slices, one after another.
-
-    Parameters
-    ----------
-    state : State
-        Before the first of them.
-    distance_mm : float
-        Between neighbouring slices, and from the last slice of ``state`` to the first one.
-    """
-    network = features.network
-    step = torch.full((len(features.copies),), distance_mm, device=features.device)
-    for index in slices:
-        with torch.inference_mode(), features.autocast():
-            result = network.decode(features[index], network.initial_centres(state))
-            state = network.update_state(state, result, step)
-        yield index, result, state
-
-
-def blend(one: Tensor, other: Tensor, weight: float) -> Tensor:
-    """Return weight * one + (1 - weight) * other, in half precision."""
-    return (weight * one.float() + (1 - weight) * other.float()).half()
-
-
 class PropagationPredictor(MosaicPredictor):
     """nnU-Net's predictor with whole slices and sweeps in the place of a sliding window.
 
@@ -57,17 +33,21 @@ class PropagationPredictor(MosaicPredictor):
         both ends; "none": each slice by itself, as nnU-Net's own predictor does with this model.
     slice_distance : float
         Millimetres between the slices of the next image.
+    prompts : sequence of SlicePrompt
+        What a person marked in the next image; it is then swept both ways.
     """
 
     sweep: Sweep = "both"
     slice_distance: float = 1.0
+    prompts: Sequence[SlicePrompt] = ()
 
-    def set_case(self, properties: dict[str, Any]) -> None:
-        """Take what the next image's properties, as nnU-Net's preprocessor left them, say."""
+    def set_case(self, properties: dict[str, Any], prompts: Sequence[SlicePrompt] = ()) -> None:
+        """Say what is known of the next image: what nnU-Net's preprocessor noted, and prompts."""
         axis = self.plans_manager.transpose_forward[0]
         self.slice_distance = float(properties["spacing"][axis])
+        self.prompts = prompts
 
-    def volume_features(self, image: Tensor) -> VolumeFeatures:
+    def volume_features(self, image: Tensor, *, most_bytes: int = MOST_BYTES) -> VolumeFeatures:
         """Return the features of a preprocessed image, (channels, Z, H, W), with this network."""
         axes = self.allowed_mirroring_axes if self.use_mirroring else None
         return VolumeFeatures(
@@ -76,11 +56,16 @@ class PropagationPredictor(MosaicPredictor):
             patch_size=self.configuration_manager.patch_size,
             copies=mirrored_copies(axes or ()),
             device=self.device,
+            most_bytes=most_bytes,
         )
 
     def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
         """Return logits (K, Z, H, W), half precision, of an image (channels, Z, H, W)."""
         features = self.volume_features(input_image)
+        if self.prompts:
+            volume = InteractiveVolume(features, distance_mm=self.slice_distance)
+            apply_prompts(volume, self.prompts, self.label_manager)
+            return volume.logits()
         sweeps = ("up", "down") if self.sweep == "both" else (self.sweep,)
         found: Tensor | None = None
         for sweep in sweeps:

@@ -104,7 +104,7 @@ def slice_prompts(
         if isinstance(interaction, Mask):
             array, properties = read_mask(interaction.file)
             points = _mask_points(array[0], properties, coordinates, f"{name}, {interaction.file}")
-            found += _by_slice(interaction, points, coordinates)
+            found += by_slice(interaction, points, coordinates)
             continue
         points = coordinates.to_network(
             np.array(_positions(interaction)),
@@ -114,9 +114,9 @@ def slice_prompts(
             where=name,
         )
         if isinstance(interaction, Point):
-            found += _by_slice(interaction, points, coordinates)
+            found += by_slice(interaction, points, coordinates)
         elif isinstance(interaction, Scribble):
-            found += _by_slice(interaction, _line(points, interaction, coordinates), coordinates)
+            found += by_slice(interaction, _line(points, interaction, coordinates), coordinates)
         else:
             found += _box(interaction, points, coordinates)
     return tuple(found)
@@ -136,10 +136,18 @@ def _nearest(positions: np.ndarray, size: int | np.ndarray) -> np.ndarray:
     return index
 
 
-def _by_slice(
+def by_slice(
     interaction: Interaction, points: np.ndarray, coordinates: CaseCoordinates
 ) -> list[SlicePrompt]:
-    """Return weight 1 at all points, shape (P, 3), each in the slice that it lies in."""
+    """Return weight 1 at all points, each in the slice that it lies in.
+
+    Parameters
+    ----------
+    interaction : Interaction
+        For its label, sign and round.
+    points : ndarray, shape (P, 3)
+        In network coordinates.
+    """
     slices = _nearest(points[:, 0], coordinates.network_shape[0])
     last = np.array(coordinates.network_shape[1:]) - 1
     prompts = []

@@ -25,8 +25,13 @@ from nnmosaic.trainers.clustering_propagation.optimisation import (
     WarmUpPolyScheduler,
     parameter_groups,
 )
+from nnmosaic.trainers.clustering_propagation.predictor import PropagationPredictor
 from nnmosaic.trainers.clustering_propagation.simulated_user import SimulatedUser
 from nnmosaic.trainers.clustering_propagation.truth import Truth, masks_of
+from nnmosaic.trainers.clustering_propagation.validation import (
+    predict_validation_cases,
+    write_summary,
+)
 from nnmosaic.trainers.dataloading import Batches, make_loaders
 from nnmosaic.trainers.options import Count, Fraction, Positive
 from nnmosaic.trainers.resumable import plain_network
@@ -60,6 +65,7 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
     """Learning rate of the U-Net relative to the new parts: 0.1 after ``-pretrained_weights``."""
 
     adamw_initial_lr = 3e-4
+    predictor_class = PropagationPredictor
     batch_size: int
 
     # ---------------------------------------------------------------- set-up
@@ -255,3 +261,20 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
         super().on_validation_epoch_end(val_outputs)
         dice = 2 * tp / np.maximum(2 * tp + fp + fn, 1)
         self.print_to_log_file("Pseudo dice, one click per class", np.round(dice, decimals=4))
+
+    # ---------------------------------------------------------------- final validation
+
+    def predict_and_score_validation(self, save_probabilities: bool) -> None:
+        """Predict the validation cases with propagation, and score them as nnU-Net does."""
+        folder = Path(self.output_folder) / "validation"
+        predict_validation_cases(self, folder, save_probabilities=save_probabilities)
+        if self.is_ddp:
+            torch.distributed.barrier()
+        if self.local_rank != 0:
+            return
+        summary = write_summary(self, folder)
+        for label, scores in summary["mean"].items():
+            self.logger.log_summary(f"final_val/class_{label}_dice", scores["Dice"])
+        mean = summary["foreground_mean"]["Dice"]
+        self.logger.log_summary("final_val/foreground_dice", mean)
+        self.print_to_log_file("Mean Validation Dice: ", mean, also_print_to_console=True)

@@ -11,11 +11,8 @@ from torch.nn import functional
 
 from nnmosaic.trainers.clustering_propagation import volume_features
 from nnmosaic.trainers.clustering_propagation.network import ClusteringPropagationNet
-from nnmosaic.trainers.clustering_propagation.predictor import (
-    SWEEPS,
-    PropagationPredictor,
-    travel,
-)
+from nnmosaic.trainers.clustering_propagation.predictor import SWEEPS, PropagationPredictor
+from nnmosaic.trainers.clustering_propagation.travel import travel
 from nnmosaic.trainers.clustering_propagation.volume_features import VolumeFeatures
 
 CPU = torch.device("cpu")

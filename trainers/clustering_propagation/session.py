@@ -1,0 +1,417 @@
+"""Correcting an image with clicks, with the surface of nnInteractive's sessions.
+
+Names and meaning follow nnInteractive 2 (clustering_propagation.md, 5.6), extended by labels: the
+model knows all its classes at once. Positions are indices of the image array that was set.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.data_conversion.interactions import (
+    Box,
+    Interaction,
+    Label,
+    Mask,
+    Point,
+    Prompts,
+    Scribble,
+    as_label,
+)
+from nnmosaic.trainers.clustering_propagation.coordinates import CaseCoordinates
+from nnmosaic.trainers.clustering_propagation.interactive_volume import InteractiveVolume
+from nnmosaic.trainers.clustering_propagation.label_map import write_labels
+from nnmosaic.trainers.clustering_propagation.marks import apply_prompts
+from nnmosaic.trainers.clustering_propagation.predictor import PropagationPredictor
+from nnmosaic.trainers.clustering_propagation.slice_prompts import (
+    SlicePrompt,
+    by_slice,
+    slice_prompts,
+)
+from nnmosaic.trainers.predictor import available_folds, load_predictor
+
+ChangedBox = list[list[int]]
+"""[[first, behind the last], ...] along the axes of the image array."""
+MOST_BYTES = 4 * 2**30
+"""Of features that are kept for corrections."""
+INITIAL_SLICES = 5
+"""Of an initial segmentation that count as drawn by the user: those where a label is largest."""
+
+
+class ClusteringPropagationSession:
+    """One image at a time, automatic at first, then corrected.
+
+    Parameters
+    ----------
+    device : torch.device
+    """
+
+    supported_interactions: Mapping[str, bool] = {
+        "points": True, "scribble": True, "lasso": True, "bbox2d": True, "bbox3d": False
+    }  # fmt: skip
+    supports_initial_label = True
+    supports_zero_shot_label_refinement = False
+    supports_undo = True
+    preferred_scribble_thickness: Sequence[int] = (1, 1, 1)
+    interaction_decay: float | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.multilabel = True
+        """Whether the target buffer gets all labels; if not, a mask of the active one."""
+        self.active_label: str | None = None
+        """The class that marks without a label are for; None: that of the first positive one."""
+
+    # ---------------------------------------------------------------- model and image
+
+    def initialize_from_trained_model_folder(
+        self,
+        folder: Path,
+        use_fold: int | str | None = None,
+        checkpoint_name: str = "checkpoint_final.pth",
+    ) -> None:
+        """Load a model; default: its first trained fold.
+
+        Raises
+        ------
+        InputError
+            If the folder holds no model of this method.
+        """
+        trained = available_folds(folder, checkpoint_name)
+        predictor = load_predictor(
+            folder, folds=trained[:1] if use_fold is None else [use_fold],
+            checkpoint=checkpoint_name, device=self.device, step_size=0.5, mirroring=False,
+        )  # fmt: skip
+        if not isinstance(predictor, PropagationPredictor):
+            raise InputError(
+                f"{folder} was trained by {predictor.trainer_name}, which clicks cannot correct. "
+                "Name a model of nnUNetTrainerClusteringPropagation."
+            )
+        self.predictor = predictor
+        self.labels: dict[str, Label] = {
+            name: as_label(label) for name, label in predictor.dataset_json["labels"].items()
+            if name != "ignore"
+        }  # fmt: skip
+        """Names of what can be marked, with the background, and their integers."""
+
+    def set_image(self, image: np.ndarray, image_properties: Mapping[str, Any]) -> None:
+        """Preprocess an image, and predict it without marks.
+
+        Parameters
+        ----------
+        image : ndarray, shape (channels, x, y, z)
+            The axes may have any order.
+        image_properties : mapping
+            "spacing": millimetres along the axes of the array. What nnU-Net's readers return with
+            an image can be given as it is.
+        """
+        predictor = self.predictor
+        configuration = predictor.configuration_manager
+        data, _, self._properties = configuration.preprocessor_class(verbose=False).run_case_npy(
+            image, None, dict(image_properties), predictor.plans_manager, configuration,
+            predictor.dataset_json,
+        )  # fmt: skip
+        self._coordinates = CaseCoordinates.of_case(
+            self._properties,
+            transpose_forward=predictor.plans_manager.transpose_forward,
+            network_shape=data.shape[1:],
+        )
+        predictor.set_case(self._properties)
+        self._features = predictor.volume_features(torch.from_numpy(data), most_bytes=MOST_BYTES)
+        self.original_image_shape = image.shape
+        self.target_buffer: np.ndarray | Tensor | None = None
+        self.active_label = None
+        self.reset_interactions()
+
+    def reset_interactions(self) -> None:
+        """Go back to the automatic result; features are kept."""
+        distance = self.predictor.slice_distance
+        self._volume = InteractiveVolume(self._features, distance_mm=distance)
+        self.label_map = np.zeros(self.original_image_shape[1:], np.uint8)
+        """Labels of the image array."""
+        self._interactions: list[tuple[Interaction, ...]] = []  # of each step that undo takes back
+        self._pending: list[tuple[tuple[Interaction, ...], tuple[SlicePrompt, ...]]] = []
+        self._update(range(len(self._features)))
+
+    def set_target_buffer(self, buffer: np.ndarray | Tensor) -> None:
+        """Set what results are written into, in place: uint8, in the shape of the image."""
+        if tuple(buffer.shape) != self.label_map.shape:
+            raise ValueError(
+                f"buffer must have shape {self.label_map.shape}, got {tuple(buffer.shape)}"
+            )
+        self.target_buffer = buffer
+        self._write_buffer()
+
+    def set_active_label(self, label: str | int) -> None:
+        """Choose the class that marks without a label are for.
+
+        Raises
+        ------
+        InputError
+            If there is none of this name or integer.
+        """
+        self.active_label = self._name(label)
+        self._write_buffer()
+
+    # ---------------------------------------------------------------- marks
+
+    def add_point_interaction(
+        self,
+        coordinates: Sequence[float],
+        include_interaction: bool,
+        run_prediction: bool = True,
+        *,
+        label: str | int | None = None,
+    ) -> ChangedBox | None:
+        """Take a click into account, at an index of the image array.
+
+        Parameters
+        ----------
+        include_interaction : bool
+            Whether the label is there; if not, it is background.
+        run_prediction : bool
+            If not, the mark waits for the next one.
+        label : str or int, optional
+            Default: `active_label`.
+
+        Returns
+        -------
+        list of list of int, or None
+            The box that holds all changes; None: nothing ran, or nothing changed.
+
+        Raises
+        ------
+        InputError
+            If the position is outside of the image, or the label is unknown. Nothing has changed.
+        """
+        place = self._in_file([coordinates])[0]
+        point = Point(self._label(label, place, include_interaction), place, include_interaction)
+        return self._add((point,), self._of_slices(point), run_prediction)
+
+    def add_scribble(
+        self,
+        coordinates: Sequence[Sequence[float]],
+        include_interaction: bool,
+        run_prediction: bool = True,
+        *,
+        label: str | int | None = None,
+        radius: float = 1.0,
+    ) -> ChangedBox | None:
+        """Take a line through indices of the image array into account; see above.
+
+        Parameters
+        ----------
+        radius : float
+            Half of its width, in voxels of the image.
+        """
+        places = self._in_file(coordinates)
+        line = Scribble(
+            self._label(label, places[0], include_interaction), tuple(places), radius,
+            include_interaction,
+        )  # fmt: skip
+        return self._add((line,), self._of_slices(line), run_prediction)
+
+    def add_bbox_interaction(
+        self,
+        box: Sequence[Sequence[int]],
+        include_interaction: bool,
+        run_prediction: bool = True,
+        *,
+        label: str | int | None = None,
+    ) -> ChangedBox | None:
+        """Take a box around an object into account, [[first, behind the last], ...]; see above.
+
+        Raises
+        ------
+        ValueError
+            If the box is empty.
+        """
+        if any(low >= high for low, high in box):
+            raise ValueError(f"box must not be empty, got {[list(side) for side in box]}")
+        corners = self._in_file([[low for low, _ in box], [high - 1 for _, high in box]])
+        low, high = (tuple(map(function, *corners)) for function in (min, max))
+        middle: Any = tuple((a + b) / 2 for a, b in zip(low, high, strict=True))
+        found = self._label(label, middle, include_interaction)
+        marked = Box(found, low, high, include_interaction)
+        return self._add((marked,), self._of_slices(marked), run_prediction)
+
+    def add_scribble_interaction(
+        self,
+        scribble: np.ndarray,
+        include_interaction: bool,
+        run_prediction: bool = True,
+        *,
+        interaction_bbox: Sequence[Sequence[int]] | None = None,
+        label: str | int | None = None,
+    ) -> ChangedBox | None:
+        """Take voxels above 0 into account; see `add_point_interaction`.
+
+        Parameters
+        ----------
+        scribble : ndarray
+            In the shape of the image; with ``interaction_bbox`` of this box alone.
+        """
+        offset = [low for low, _ in interaction_bbox] if interaction_bbox is not None else [0] * 3
+        size = self.label_map.shape
+        if interaction_bbox is not None:
+            size = tuple(high - low for low, high in interaction_bbox)
+        if scribble.shape != size:
+            raise ValueError(f"scribble must have shape {size}, got {scribble.shape}")
+        voxels = np.argwhere(scribble > 0)
+        if not len(voxels):
+            raise InputError("No voxel of the mark is above 0. Draw something.")
+        voxels = voxels + np.asarray(offset)
+        found = self._label(label, self._in_file(voxels[len(voxels) // 2][None])[0], True)
+        return self._add((), self._of_voxels(voxels, found, include_interaction), run_prediction)
+
+    add_lasso_interaction = add_scribble_interaction
+    """The inside of the lasso, as voxels."""
+
+    def add_initial_seg_interaction(
+        self, segmentation: np.ndarray, run_prediction: bool = False
+    ) -> ChangedBox | None:
+        """Start from a label map of the image's shape; what was marked before is dropped.
+
+        Its slices where a label is largest count as drawn by the user.
+        """
+        if segmentation.shape != self.label_map.shape:
+            raise ValueError(
+                f"segmentation must have shape {self.label_map.shape}, got {segmentation.shape}"
+            )
+        self.reset_interactions()
+        prompts: list[SlicePrompt] = []
+        for label in self.labels.values():
+            voxels = np.argwhere(np.isin(segmentation, label))
+            if label == 0 or not len(voxels):
+                continue
+            drawn = self._of_voxels(voxels, label, True)
+            prompts += sorted(drawn, key=lambda prompt: -len(prompt.rows))[:INITIAL_SLICES]
+        changed = self._add((), tuple(prompts), run_prediction)
+        if not run_prediction:
+            self.label_map[:] = segmentation
+            self._write_buffer()
+        return changed
+
+    def undo(self) -> bool:
+        """Take the last mark back exactly; return whether there was one."""
+        if self._pending:
+            self._pending.pop()
+            return True
+        changed = self._volume.undo()
+        if changed is None:
+            return False
+        self._interactions.pop()
+        self._update(changed)
+        return True
+
+    @property
+    def prompts(self) -> Prompts:
+        """Points, lines and boxes so far, for `write_prompts`; marks given as voxels are not in it.
+
+        In voxels of the image file, z, y, x.
+        """
+        steps = [*self._interactions, *(interactions for interactions, _ in self._pending)]
+        return Prompts(
+            "voxel", order="zyx", interactions=tuple(one for step in steps for one in step)
+        )
+
+    def suggest_slice(self) -> int | None:
+        """Return the slice, along `slice_axis`, that is most in doubt; None: all are marked."""
+        index = self._volume.doubtful_slice()
+        if index is None:
+            return None
+        return int(self._properties["bbox_used_for_cropping"][0][0]) + index
+
+    @property
+    def slice_axis(self) -> int:
+        """The axis of the image array along which the model sees slices."""
+        return int(self.predictor.plans_manager.transpose_forward[0])
+
+    # ---------------------------------------------------------------- how
+
+    def _name(self, label: str | int) -> str:
+        for name, value in self.labels.items():
+            if label in (name, value):
+                return name
+        raise InputError(f"Unknown label {label!r}. The labels are {', '.join(self.labels)}.")
+
+    def _label(self, label: str | int | None, place: Any, positive: bool) -> Label:
+        """Return the integer of a label, or of the one that is likeliest at a place."""
+        if label is not None:
+            return self.labels[self._name(label)]
+        if self.active_label is None:
+            if not positive:
+                raise InputError("The first mark must show a label, or name it.")
+            (prompt,) = self._of_slices(Point(0, place))
+            logits = self._volume.logits([prompt.slice_index])[:, 0]
+            row, column = round(float(prompt.rows[0])), round(float(prompt.columns[0]))
+            shown = [name for name, value in self.labels.items() if value != 0]
+            self.active_label = shown[int(logits[-len(shown) :, row, column].argmax())]
+        return self.labels[self.active_label]
+
+    def _in_file(self, places: Any) -> list[tuple[float, float, float]]:
+        """Return indices of the image array as voxels of the file, z, y, x."""
+        points = np.asarray(places, float).reshape(-1, 3)
+        if not np.isfinite(points).all():
+            raise InputError("A position is not a finite number. Give three indices.")
+        to_file = np.linalg.inv(self._coordinates.geometry.file_to_array)
+        found = points @ to_file[:3, :3].T + to_file[:3, 3]
+        return [(float(z), float(y), float(x)) for x, y, z in found]
+
+    def _of_slices(self, interaction: Interaction) -> tuple[SlicePrompt, ...]:
+        prompts = Prompts("voxel", order="zyx", interactions=(interaction,))
+        reader = self.predictor.plans_manager.image_reader_writer_class()
+        return slice_prompts(
+            prompts, self._coordinates, read_mask=lambda path: reader.read_seg(str(path)),
+            where="mark",
+        )  # fmt: skip
+
+    def _of_voxels(
+        self, voxels: np.ndarray, label: Label, positive: bool
+    ) -> tuple[SlicePrompt, ...]:
+        points = self._coordinates.array_points_to_network(voxels.astype(float), where="mark")
+        return tuple(by_slice(Mask(label, Path(), positive), points, self._coordinates))
+
+    def _add(
+        self, interactions: tuple[Interaction, ...], prompts: tuple[SlicePrompt, ...], run: bool
+    ) -> ChangedBox | None:
+        self._pending.append((interactions, prompts))
+        if not run:
+            return None
+        together = [prompt for _, waiting in self._pending for prompt in waiting]
+        self._interactions.append(tuple(one for step, _ in self._pending for one in step))
+        self._pending = []
+        (changed,) = apply_prompts(self._volume, together, self.predictor.label_manager)
+        return self._update(changed)
+
+    def _update(self, changed: range) -> ChangedBox | None:
+        """Bring the label map up to date, and return the box of what changed."""
+        before = self.label_map.copy()
+        if len(changed):
+            write_labels(
+                self.label_map, self._volume.logits(changed), changed.start,
+                properties=self._properties, predictor=self.predictor,
+            )  # fmt: skip
+        self._write_buffer()
+        places = np.argwhere(self.label_map != before)
+        if not len(places):
+            return None
+        low, high = places.min(0), places.max(0) + 1
+        return [[int(a), int(b)] for a, b in zip(low, high, strict=True)]
+
+    def _write_buffer(self) -> None:
+        if self.target_buffer is None:
+            return
+        shown = self.label_map
+        if not self.multilabel:
+            wanted = self.labels[self.active_label] if self.active_label is not None else ()
+            shown = np.isin(self.label_map, wanted).astype(np.uint8)
+        if isinstance(self.target_buffer, Tensor):
+            self.target_buffer.copy_(torch.from_numpy(shown))
+        else:
+            self.target_buffer[:] = shown
