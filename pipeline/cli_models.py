@@ -24,6 +24,7 @@ from nnmosaic.pipeline.defaults import DEFAULT_PLANS, DEFAULT_TRAINER
 from nnmosaic.pipeline.exit_codes import DONE, SOME_CASES_FAILED
 from nnmosaic.pipeline.workspace import open_workspace
 from nnmosaic.planners import NUM_FOLDS
+from nnmosaic.trainers.clustering_propagation.sweeps import SWEEPS
 
 
 def add_train(commands: Any) -> None:
@@ -118,6 +119,11 @@ def add_predict(commands: Any) -> None:
     raters.add_argument(
         "--seed", type=whole_number, default=0, metavar="N", help="of the samples (default: 0)"
     )
+    slices = parser.add_argument_group("models of clustering propagation")
+    slices.add_argument("--sweep", choices=SWEEPS, help="way through the slices (default: both)")
+    slices.add_argument(
+        "--prompts", type=Path, metavar="FOLDER", help="what was marked: CASE.json, CASE.mrk.json"
+    )
 
 
 def _do_predict(options: argparse.Namespace) -> int:
@@ -144,6 +150,8 @@ def _do_predict(options: argparse.Namespace) -> int:
         skip_existing=options.continue_prediction,
         previous_stage=options.prev_stage_predictions,
         masks=_wanted_masks(options),
+        sweep=options.sweep,
+        prompts=options.prompts,
         device=options.device,
         workers=options.np,
     )

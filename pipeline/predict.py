@@ -3,19 +3,17 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nnmosaic.data_conversion.atomic_write import read_json, write_json
-from nnmosaic.data_conversion.case_check import read_image, reader_of
 from nnmosaic.data_conversion.dataset_json import DatasetJson, parse_dataset_json
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.raw_dataset import Case, find_image_cases
-from nnmosaic.pipeline.progress import progress
+from nnmosaic.pipeline.prediction_run import PredictionRun, PropagationRun, RaterRun
+from nnmosaic.pipeline.propagation import propagates, read_all_prompts
 from nnmosaic.trainers.multi_rater.wanted_masks import (
     LATENTS,
     MAPS,
@@ -27,7 +25,6 @@ from nnmosaic.trainers.multi_rater.wanted_masks import (
 logger = logging.getLogger(__name__)
 
 FAILURES = "failures.json"
-PARTIAL = ".nnmosaic_partial"
 MADE_WITH = "prediction.json"
 """In the output folder: the model of the label maps, so that no other model's are kept."""
 
@@ -45,6 +42,8 @@ def predict(
     skip_existing: bool = False,
     previous_stage: Path | None = None,
     masks: WantedMasks | None = None,
+    sweep: str | None = None,
+    prompts: Path | None = None,
     device: str | None = None,
     workers: int | None = None,
 ) -> dict[str, str]:
@@ -68,6 +67,10 @@ def predict(
         Of a model for several raters: ``raters/RATER/CASE`` and ``samples/000/CASE``, ...; maps
         ``entropy/CASE``, ``mutual_information/CASE`` and ``variance/CASE``; then ``CASE`` is the
         mean of the samples, or else of the raters. Default: the most likely mask only.
+    sweep : str, optional
+        How a model of clustering propagation goes through the slices; default: both ways.
+    prompts : Path, optional
+        Folder of what was marked for such a model, ``CASE.json`` or ``CASE.mrk.json``.
     workers : int, optional
         Threads that read and preprocess, and as many that write. Default: one per core, at most 4.
 
@@ -92,6 +95,9 @@ def predict(
     made_with = _made_with(model, folds, checkpoint, step_size=step_size, mirroring=mirroring)
     if masks is not None:
         made_with["masks"] = {**asdict(masks), "raters": list(masks.raters)}
+    marked = {} if prompts is None else read_all_prompts(prompts, cases, dataset)
+    if sweep is not None or prompts is not None:
+        made_with |= {"sweep": sweep, "prompts": {c: repr(found) for c, found in marked.items()}}
     if skip_existing and _was_made_with(made_with, output):
         suffixes = (dataset.file_ending, ".npz") if save_probabilities else (dataset.file_ending,)
         cases = [case for case in cases if not _is_predicted(case, output, suffixes)]
@@ -105,7 +111,13 @@ def predict(
             mirroring=mirroring,
         )
         what = (dataset, predictor, output, save_probabilities, previous_stage)
-        run = _Run(*what) if masks is None else _RaterRun(*what, masks=masks)
+        run: PredictionRun
+        if propagates(predictor, sweep=sweep, prompts=prompts) and masks is None:
+            run = PropagationRun(*what, sweep=sweep, prompts=marked)
+        elif masks is not None:
+            run = RaterRun(*what, masks=masks)
+        else:
+            run = PredictionRun(*what)
         _begin_output(output, model, made_with, cases, dataset.file_ending)
         failures.update(run.all_cases(cases, workers or min(4, os.cpu_count() or 1)))
     _write_failures(failures, output)
@@ -157,163 +169,6 @@ def _begin_output(
     write_json(made_with, output / MADE_WITH)
     for name in ("dataset.json", "plans.json"):  # for ensemble, and nnU-Net's own tools
         shutil.copyfile(model / name, output / name)
-
-
-class _Run:
-    """One prediction run: reading, predicting and writing overlap, case by case."""
-
-    def __init__(
-        self,
-        dataset: DatasetJson,
-        predictor: Any,
-        output: Path,
-        save_probabilities: bool,
-        previous_stage: Path | None,
-    ) -> None:
-        if predictor.configuration_manager.previous_stage_name and previous_stage is None:
-            raise InputError("This is the second stage of a cascade: give -prev_stage_predictions.")
-        self.dataset, self.predictor, self.output = dataset, predictor, output
-        self.save_probabilities, self.previous_stage = save_probabilities, previous_stage
-        self.partial = output / f"{PARTIAL}_{os.getpid()}"
-
-    def all_cases(self, cases: Sequence[Case], workers: int) -> dict[str, str]:
-        """Predict the cases and return those that failed, with the reason."""
-        failures: dict[str, str] = {}
-        self.partial.mkdir(exist_ok=True)
-        try:
-            with (
-                ThreadPoolExecutor(workers) as readers,
-                ThreadPoolExecutor(workers) as writers,
-                progress("Predicting", len(cases)) as advance,
-            ):
-                written: list[tuple[Case, Future[None]]] = []
-                for case, prepared in _ahead(readers, self.prepare, cases, workers + 1):
-                    try:
-                        write = self.predicted(case, *prepared.result())
-                        written.append((case, writers.submit(write)))
-                        if len(written) > 2 * workers:  # logits must not pile up
-                            written[-2 * workers][1].exception()
-                    except Exception as error:
-                        self._fail(case, error, failures)
-                    advance(case.identifier)
-                for case, future in written:
-                    reason = future.exception()
-                    if reason is not None:
-                        self._fail(case, reason, failures)
-        finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        return failures
-
-    def prepare(self, case: Case) -> tuple[Any, dict[str, Any]]:
-        """Read and preprocess one case; shape (C, Z, Y, X), float32."""
-        import numpy as np
-        import torch
-        from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
-
-        reader = reader_of(self.dataset)
-        image, properties = read_image(case, reader, num_channels=len(self.dataset.channel_names))
-        previous = None
-        if self.previous_stage is not None:
-            path = self.previous_stage / f"{case.identifier}{self.dataset.file_ending}"
-            if not path.is_file():
-                raise InputError(f"{path} does not exist. Predict the previous stage first.")
-            previous, _ = reader.read_seg(str(path))
-        configuration = self.predictor.configuration_manager
-        data, segmentation, properties = configuration.preprocessor_class(
-            verbose=False
-        ).run_case_npy(
-            image,
-            previous,
-            properties,
-            self.predictor.plans_manager,
-            configuration,
-            self.predictor.dataset_json,
-        )
-        if previous is not None:
-            labels = self.predictor.label_manager.foreground_labels
-            data = np.vstack(
-                (data, convert_labelmap_to_one_hot(segmentation[0], labels, data.dtype))
-            )
-        return torch.from_numpy(data), properties
-
-    def predicted(self, case: Case, data: Any, properties: dict[str, Any]) -> Callable[[], None]:
-        """Predict one preprocessed case, and return what writes the result."""
-        logits = self.predictor.predict_logits_from_preprocessed_data(data).numpy()
-        return partial(self.write, case, logits, properties)
-
-    def write(self, case: Case, logits: Any, properties: dict[str, Any]) -> None:
-        """Resample to the image's grid, write under a temporary name, and move into place."""
-        import torch
-        from nnunetv2.inference.export_prediction import export_prediction_from_logits
-
-        export_prediction_from_logits(
-            logits,
-            properties,
-            self.predictor.configuration_manager,
-            self.predictor.plans_manager,
-            self.predictor.dataset_json,
-            str(self.partial / case.identifier),
-            self.save_probabilities,
-            num_threads_torch=torch.get_num_threads(),
-        )
-        for suffix in (".npz", ".pkl", self.dataset.file_ending):
-            path = self.partial / f"{case.identifier}{suffix}"
-            if path.is_file():
-                path.replace(self.output / path.name)
-
-    def _fail(self, case: Case, error: BaseException, failures: dict[str, str]) -> None:
-        reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        logger.error("%s failed: %s", case.identifier, reason)
-        failures[case.identifier] = reason
-
-
-class _RaterRun(_Run):
-    """The same for masks of raters, and samples."""
-
-    def __init__(self, *what: Any, masks: WantedMasks) -> None:
-        from nnmosaic.trainers.multi_rater.prediction import RaterPredictor
-
-        super().__init__(*what)
-        self.masks, self.raters = masks, RaterPredictor(self.predictor, masks)
-
-    def predicted(self, case: Case, data: Any, properties: dict[str, Any]) -> Callable[[], None]:
-        """Predict and write all masks of one case, and return what moves them into place."""
-        from nnmosaic.trainers.multi_rater.export import CaseWriter
-
-        folder = self.partial / case.identifier
-        writer = CaseWriter(
-            folder,
-            case.identifier,
-            self.predictor,
-            properties,
-            mean_of=SAMPLES if self.masks.samples else RATERS,
-            uncertainty=self.masks.uncertainty,
-        )
-        for kind, name, logits in self.raters.logits(data, case.identifier):
-            writer.add(kind, name, logits)
-        writer.finish(self.raters.latents, save_probabilities=self.save_probabilities)
-        return partial(self.publish, folder)
-
-    def publish(self, folder: Path) -> None:
-        """Move the files of a case into place; ``CASE`` itself, which says "done", is the last."""
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        for path in sorted(files, key=lambda path: path.parent == folder):
-            target = self.output / path.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, function: Any, cases: Sequence[Case], number: int
-) -> Iterator[tuple[Case, Future[Any]]]:
-    """Yield cases in order with the futures of ``function``, ``number`` of them started ahead."""
-    futures: dict[int, Future[Any]] = {}
-    for i, case in enumerate(cases):
-        for j in range(i, min(i + number, len(cases))):
-            if j not in futures:
-                futures[j] = pool.submit(function, cases[j])
-        yield case, futures[i]
-        futures[i] = Future()  # lets go of the image
 
 
 def _write_failures(failures: dict[str, str], output: Path) -> None:

@@ -1,13 +1,14 @@
 """Prediction of volumes slice by slice, with centres that travel (clustering_propagation.md, 3)."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
 from nnmosaic.trainers.clustering_propagation.interactive_volume import InteractiveVolume
 from nnmosaic.trainers.clustering_propagation.marks import apply_prompts
 from nnmosaic.trainers.clustering_propagation.slice_prompts import SlicePrompt
+from nnmosaic.trainers.clustering_propagation.sweeps import Sweep
 from nnmosaic.trainers.clustering_propagation.travel import blend, travel
 from nnmosaic.trainers.clustering_propagation.volume_features import (
     MOST_BYTES,
@@ -17,8 +18,6 @@ from nnmosaic.trainers.clustering_propagation.volume_features import (
 from nnmosaic.trainers.predictor import MosaicPredictor
 from nnmosaic.trainers.resumable import plain_network
 
-Sweep: TypeAlias = Literal["both", "up", "down", "centre_out", "none"]
-SWEEPS: tuple[Sweep, ...] = ("both", "up", "down", "centre_out", "none")
 LOOKED_AT = 4
 """Every how many slices ``centre_out`` looks for the one to start from."""
 
@@ -29,8 +28,7 @@ class PropagationPredictor(MosaicPredictor):
     Attributes
     ----------
     sweep : str
-        "both": up and down, averaged; "up"; "down"; "centre_out": from the slice that shows most to
-        both ends; "none": each slice by itself, as nnU-Net's own predictor does with this model.
+        See `SWEEPS`.
     slice_distance : float
         Millimetres between the slices of the next image.
     prompts : sequence of SlicePrompt

@@ -257,7 +257,7 @@ class ClusteringPropagationSession:
             In the shape of the image; with ``interaction_bbox`` of this box alone.
         """
         offset = [low for low, _ in interaction_bbox] if interaction_bbox is not None else [0] * 3
-        size = self.label_map.shape
+        size: tuple[int, ...] = self.label_map.shape
         if interaction_bbox is not None:
             size = tuple(high - low for low, high in interaction_bbox)
         if scribble.shape != size:

@@ -1,6 +1,7 @@
 """Sweeps over volumes (spec 3; invariants 3, 4, 7, 8 and 15)."""
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nnmosaic.trainers.clustering_propagation import volume_features
 from nnmosaic.trainers.clustering_propagation.network import ClusteringPropagationNet
-from nnmosaic.trainers.clustering_propagation.predictor import SWEEPS, PropagationPredictor
+from nnmosaic.trainers.clustering_propagation.predictor import PropagationPredictor
+from nnmosaic.trainers.clustering_propagation.sweeps import SWEEPS
 from nnmosaic.trainers.clustering_propagation.travel import travel
 from nnmosaic.trainers.clustering_propagation.volume_features import VolumeFeatures
 
@@ -121,9 +122,9 @@ def test_kept_features_do_not_grow_with_the_volume(
         return found
 
     monkeypatch.setattr(VolumeFeatures, "__getitem__", count)
-    monkeypatch.setattr(volume_features, "MOST_BYTES", 1)
-    features = VolumeFeatures.__init__.__kwdefaults__
-    monkeypatch.setitem(features, "most_bytes", 1)
+    monkeypatch.setattr(
+        predictor, "volume_features", partial(predictor.volume_features, most_bytes=1)
+    )
     assert torch.equal(predict(predictor, image, sweep), expected)
     assert max(kept) == 1
 

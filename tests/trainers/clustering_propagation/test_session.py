@@ -1,0 +1,195 @@
+"""Sessions in which a person corrects an image (spec 5.6; invariants 2, 10, 11, 14 and 16)."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from nnunetv2.inference.export_prediction import (
+    convert_predicted_logits_to_segmentation_with_correct_shape,
+)
+from torch import nn
+
+from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.data_conversion.prompts import write_prompts
+from nnmosaic.pipeline.cli import main
+from nnmosaic.trainers.clustering_propagation.session import ClusteringPropagationSession
+from nnmosaic.trainers.clustering_propagation.trainer import nnUNetTrainerClusteringPropagation
+
+CPU = torch.device("cpu")
+DIRECTION = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+
+
+@pytest.fixture
+def model(make_trainer: Callable[..., Any], tmp_path: Path) -> Path:
+    """Return the folder of a model in which nothing that begins at zero is zero any more."""
+    torch.manual_seed(0)
+    trainer = make_trainer(nnUNetTrainerClusteringPropagation, "Dataset004_Balls", "2d")
+    trainer.initialize()
+    head = trainer.network.head
+    for parameter in head.parameters():
+        if not parameter.detach().any():
+            nn.init.normal_(parameter, std=0.3)
+    nn.init.constant_(head.presence[-1].bias, 2.0)
+    folder = tmp_path / "model"
+    (folder / "fold_0").mkdir(parents=True)
+    plans = {k: v for k, v in trainer.plans_manager.plans.items() if k != "continue_training"}
+    for name, content in (("plans", plans), ("dataset", trainer.dataset_json)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    trainer.save_checkpoint(str(folder / "fold_0" / "checkpoint_final.pth"))
+    return folder
+
+
+@pytest.fixture
+def image(tmp_path: Path, save: Callable[..., None]) -> Path:
+    """Write an image with other spacing than the plan, an empty rim and turned axes."""
+    array = np.zeros((13, 27, 31), np.float32)
+    inside = np.random.default_rng(0).normal(100, 20, (9, 22, 25))
+    array[2:11, 3:25, 4:29] = inside
+    path = tmp_path / "images" / "new_0000.nii.gz"
+    save(path, array, spacing=(1.1, 0.7, 2.0), direction=DIRECTION)
+    return path
+
+
+@pytest.fixture
+def session(model: Path, image: Path) -> ClusteringPropagationSession:
+    made = ClusteringPropagationSession(CPU)
+    made.initialize_from_trained_model_folder(model)
+    reader = made.predictor.plans_manager.image_reader_writer_class()
+    made.set_image(*reader.read_images([str(image)]))
+    return made
+
+
+def test_the_automatic_result_is_nnunets_export(session: ClusteringPropagationSession) -> None:
+    predictor = session.predictor
+    exported = convert_predicted_logits_to_segmentation_with_correct_shape(
+        session._volume.logits().float(), predictor.plans_manager,
+        predictor.configuration_manager, predictor.label_manager, session._properties,
+    )  # fmt: skip
+    np.testing.assert_array_equal(session.label_map, exported)
+    assert len(np.unique(exported)) > 1
+
+
+def test_a_click_changes_what_it_says_it_does(session: ClusteringPropagationSession) -> None:
+    before = session.label_map.copy()
+    box = session.add_point_interaction((6, 12, 14), True, label="dark")
+    assert box is not None
+    changed = np.argwhere(session.label_map != before)
+    assert changed.min(0).tolist() == [low for low, _ in box]
+    assert (changed.max(0) + 1).tolist() == [high for _, high in box]
+    first = session.label_map.copy()
+    assert session.add_point_interaction((6, 5, 20), False, label=2, run_prediction=False) is None
+    np.testing.assert_array_equal(session.label_map, first)
+    session.add_scribble([(4, 8, 8), (4, 8, 20)], True, label="bright", radius=0)
+    second = session.label_map.copy()
+    assert len(session.prompts.interactions) == 3
+    assert session.undo()  # both, which were taken into account together
+    np.testing.assert_array_equal(session.label_map, first)
+    assert session.undo()
+    np.testing.assert_array_equal(session.label_map, before)
+    assert not session.undo()
+    assert session.prompts.interactions == ()
+
+    session.add_point_interaction((6, 12, 14), True, label="dark")
+    session.add_point_interaction((6, 5, 20), False, label=2, run_prediction=False)
+    session.add_scribble([(4, 8, 8), (4, 8, 20)], True, label="bright", radius=0)
+    np.testing.assert_array_equal(session.label_map, second)
+    session.reset_interactions()
+    np.testing.assert_array_equal(session.label_map, before)
+
+
+@pytest.mark.parametrize(
+    ("place", "label", "message"),
+    [
+        ((6, 12, 40), "dark", "is not in the image"),
+        ((6, 12, float("nan")), "dark", "not a finite number"),
+        ((6, 12, 14), "liver", "Unknown label 'liver'. The labels are background, bright, dark"),
+    ],
+)
+def test_a_bad_mark_changes_nothing(
+    session: ClusteringPropagationSession, place: Any, label: str, message: str
+) -> None:
+    before = session.label_map.copy()
+    with pytest.raises(InputError, match=message):
+        session.add_point_interaction(place, True, label=label)
+    np.testing.assert_array_equal(session.label_map, before)
+    assert not session.undo()
+
+
+def test_marks_as_voxels_and_boxes(session: ClusteringPropagationSession) -> None:
+    drawn = np.zeros(session.label_map.shape, np.uint8)
+    drawn[5, 8:12, 9:15] = 1
+    session.add_lasso_interaction(drawn, True, label="dark")
+    whole = session.label_map.copy()
+    assert session.undo()
+    session.add_scribble_interaction(
+        drawn[5:6, 8:12, 9:15], True, interaction_bbox=[[5, 6], [8, 12], [9, 15]], label="dark"
+    )
+    np.testing.assert_array_equal(session.label_map, whole)
+    session.add_bbox_interaction([[7, 8], [6, 15], [8, 20]], True, label="bright")
+    assert (session.label_map != whole).any()
+    with pytest.raises(ValueError, match="box must not be empty"):
+        session.add_bbox_interaction([[7, 7], [6, 15], [8, 20]], True, label="bright")
+    with pytest.raises(ValueError, match="scribble must have shape"):
+        session.add_scribble_interaction(drawn[:4], True, label="dark")
+    with pytest.raises(InputError, match="No voxel of the mark"):
+        session.add_scribble_interaction(0 * drawn, True, label="dark")
+
+
+def test_it_starts_from_a_segmentation(session: ClusteringPropagationSession) -> None:
+    automatic = session.label_map.copy()
+    drawn = np.zeros_like(automatic)
+    drawn[4:8, 8:14, 9:16] = 2
+    assert session.add_initial_seg_interaction(drawn) is None
+    np.testing.assert_array_equal(session.label_map, drawn)
+    session.add_point_interaction((6, 18, 20), True, label="bright")
+    inside = session.label_map[4:8, 9:13, 10:15]
+    assert (inside == 2).mean() > 0.85  # honoured, as far as the grid of the plan allows
+    session.add_initial_seg_interaction(drawn, run_prediction=True)
+    assert (session.label_map[4:8, 9:13, 10:15] == 2).mean() > 0.85
+
+
+def test_a_viewers_buffer_shows_the_active_label(session: ClusteringPropagationSession) -> None:
+    buffer = np.full(session.label_map.shape, 9, np.uint8)
+    session.set_target_buffer(buffer)
+    np.testing.assert_array_equal(buffer, session.label_map)
+    session.multilabel = False
+    with pytest.raises(InputError, match="first mark must show a label"):
+        session.add_point_interaction((6, 12, 14), False)
+    session.add_point_interaction((6, 12, 14), True)  # the likelier one
+    assert session.active_label in ("bright", "dark")
+    np.testing.assert_array_equal(buffer, session.label_map == session.labels[session.active_label])
+    session.set_active_label("dark")
+    np.testing.assert_array_equal(buffer, session.label_map == 2)
+    with pytest.raises(ValueError, match="buffer must have shape"):
+        session.set_target_buffer(buffer[1:])
+
+
+def test_the_next_slice_to_look_at(session: ClusteringPropagationSession) -> None:
+    assert session.slice_axis == session.predictor.plans_manager.transpose_forward[0]
+    suggested = session.suggest_slice()
+    assert suggested is not None
+    place = [6.0, 12.0, 14.0]
+    place[session.slice_axis] = suggested
+    session.add_point_interaction(place, True, label="dark")
+    assert session.suggest_slice() != suggested
+
+
+def test_predict_with_saved_prompts_is_the_session(
+    session: ClusteringPropagationSession, model: Path, image: Path, tmp_path: Path
+) -> None:
+    session.add_point_interaction((6, 12, 14), True, label="dark", run_prediction=False)
+    session.add_scribble([(4, 8, 8), (4, 12, 20)], True, label="bright")
+    (tmp_path / "prompts").mkdir()
+    labels = session.predictor.dataset_json["labels"]
+    write_prompts(session.prompts, tmp_path / "prompts" / "new.json", labels)
+    command = ["predict", "-m", str(model), "-i", str(image.parent), "-o", str(tmp_path / "out")]
+    prompts = ["--prompts", str(tmp_path / "prompts")]
+    assert main([*command, "--disable_tta", *prompts]) == 0
+    written = SimpleITK.ReadImage(str(tmp_path / "out" / "new.nii.gz"))
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(written), session.label_map)
+    assert written.GetDirection() == pytest.approx(DIRECTION)
