@@ -48,6 +48,7 @@ __all__ = [
     "Scribble",
     "find_prompts",
     "parse_prompts",
+    "prompts_content",
     "read_prompts",
     "write_prompts",
 ]
@@ -166,10 +167,26 @@ def write_prompts(prompts: Prompts, path: Path, labels: Labels) -> None:
     InputError
         If a mask lies outside of the folder of ``path``, or a label has no name.
     """
-    entries = [_entry(interaction, labels, path.parent) for interaction in prompts.interactions]
-    head = {"version": VERSION, "space": prompts.space}
-    frame = {"convention": prompts.convention, "order": prompts.order}
-    write_json({**head, **frame, "interactions": entries}, path)
+    write_json(prompts_content(prompts, labels, path.parent), path)
+
+
+def prompts_content(prompts: Prompts, labels: Labels, folder: Path) -> dict[str, Any]:
+    """Return what a prompts file in ``folder`` holds.
+
+    Raises
+    ------
+    InputError
+        As `write_prompts`.
+    """
+    return {
+        "version": VERSION,
+        "space": prompts.space,
+        "convention": prompts.convention,
+        "order": prompts.order,
+        "interactions": [
+            _entry(interaction, labels, folder) for interaction in prompts.interactions
+        ],
+    }
 
 
 def _interaction(entry: Any, labels: Labels, *, where: str, folder: Path) -> Interaction:
