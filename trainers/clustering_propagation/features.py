@@ -112,15 +112,18 @@ class FeatureHeads(nn.Module):
         super().__init__()
         self.chosen = list(levels)
         self.levels = nn.ModuleList(_Level(features[s], width, embedding) for s in levels)
+        self.embedding = embedding
         self.mask_map = nn.Conv2d(features[-1], embedding, 1)
+        self.position = nn.Linear(embedding, embedding)
 
     def forward(self, stages: Sequence[Tensor]) -> SliceFeatures:
         """Return the features of slices for the decoder's outputs, coarse to fine."""
         found = [level(stages[s]) for s, level in zip(self.chosen, self.levels, strict=True)]
         inputs, values, embeddings = zip(*found, strict=True)
-        return SliceFeatures(
-            inputs, values, embeddings, functional.normalize(self.mask_map(stages[-1]), dim=1)
-        )
+        x = self.mask_map(stages[-1])
+        # Also here: what looks the same would be told apart on the levels, but not in the masks.
+        x = x + self.position(sine_encoding(*x.shape[2:], self.embedding, like=x)).movedim(2, 0)
+        return SliceFeatures(inputs, values, embeddings, functional.normalize(x, dim=1))
 
 
 def pool(levels: Sequence[Tensor], weights: Tensor) -> Tensor:

@@ -29,6 +29,9 @@ from nnmosaic.trainers.clustering_propagation.memory import MEMORIES, State
 from nnmosaic.trainers.clustering_propagation.readout import CentreLayout
 
 LAYERS_PER_LEVEL = 2
+PROMPT_STRENGTH = 2.0
+"""Of what the user points at, relative to its features, before training: weaker, a network first
+learns to do without (seen on toy data)."""
 PRESENT = 0.5
 """Probability above which a class counts as seen."""
 
@@ -90,6 +93,8 @@ class _ClusteringHead(nn.Module):
         self.presence = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
         self.memory = MEMORIES[memory](width)
         self.from_user = nn.Linear(width, width, bias=False)
+        nn.init.eye_(self.from_user.weight)
+        self.from_user.weight.data *= PROMPT_STRENGTH
         self.user = nn.Parameter(torch.zeros(width))
 
 

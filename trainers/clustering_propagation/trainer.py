@@ -27,7 +27,7 @@ from nnmosaic.trainers.clustering_propagation.optimisation import (
 )
 from nnmosaic.trainers.clustering_propagation.predictor import PropagationPredictor
 from nnmosaic.trainers.clustering_propagation.simulated_user import SimulatedUser
-from nnmosaic.trainers.clustering_propagation.truth import Truth, masks_of
+from nnmosaic.trainers.clustering_propagation.truth import Truth, pixel_counts
 from nnmosaic.trainers.clustering_propagation.validation import (
     predict_validation_cases,
     write_summary,
@@ -135,8 +135,11 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
         """Return AdamW with a warm-up; nnU-Net's SGD if it is asked for."""
         if self.run_settings.optimizer == "sgd":
             return super().configure_optimizers()
+        network = plain_network(self.network)
+        # DDP asks for a gradient of all that learns.
+        network.head.memory.requires_grad_(self.slices > 1)
         groups = parameter_groups(
-            plain_network(self.network),
+            network,
             new="decoder.seg_layers.",
             factor=self.unet_lr_factor,
             weight_decay=self.weight_decay,
@@ -234,23 +237,11 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
         with self.autocast():
             clicked = self.network(batch["data"].transpose(1, 2), user.silent(), [click])
             loss = sum_of(self._losses(automatic[0], batch, truth))
-        return {
-            "loss": loss.cpu().numpy(),
-            **self._counts(automatic[0], truth, "hard"),
-            **self._counts(clicked, truth, "clicked"),
-        }
-
-    def _counts(self, result: ClipResult, truth: Truth, name: str) -> dict[str, Any]:
-        """Return pixels of each foreground class or region, by what became of them."""
-        found = masks_of(result.logits, regions=self.label_manager.has_regions) & truth.annotated
-        counts = {
-            "tp": found & truth.masks, "fp": found & ~truth.masks, "fn": truth.masks & ~found
-        }  # fmt: skip
-        first = 0 if self.label_manager.has_regions else 1
-        return {
-            f"{key}_{name}": hit.sum((0, 1, 3, 4))[first:].cpu().numpy()
-            for key, hit in counts.items()
-        }
+        counts = {"loss": loss.cpu().numpy()}
+        for name, result in (("hard", automatic[0]), ("clicked", clicked)):
+            found = pixel_counts(result.logits, truth, regions=self.label_manager.has_regions)
+            counts |= {f"{key}_{name}": number.cpu().numpy() for key, number in found.items()}
+        return counts
 
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
         """Log Dice after one click per class as text: nnU-Net's logger knows its own names only."""

@@ -43,3 +43,11 @@ def masks_of(logits: Tensor, *, regions: bool) -> Tensor:
         return logits > 0
     labels = logits.argmax(-3)
     return functional.one_hot(labels, logits.shape[-3]).movedim(-1, -3).bool()
+
+
+def pixel_counts(logits: Tensor, truth: Truth, *, regions: bool) -> dict[str, Tensor]:
+    """Return "tp", "fp" and "fn" of each foreground class or region, over clips (B, T, K, H, W)."""
+    found = masks_of(logits, regions=regions) & truth.annotated
+    counts = {"tp": found & truth.masks, "fp": found & ~truth.masks, "fn": truth.masks & ~found}
+    first = 0 if regions else 1
+    return {name: hit.sum((0, 1, 3, 4))[first:] for name, hit in counts.items()}

@@ -76,7 +76,7 @@ def test_nested_regions_can_both_hold_a_pixel() -> None:
     likeness = torch.tensor([2.0, 1.0, -3.0, 0.0, 0.0, 0.0]).view(1, 6, 1, 1)
     layout = CentreLayout(3, regions=True)
     assert (layout.class_logits(likeness) > 0).flatten().tolist() == [True, True, False]
-    assert layout.present(layout.class_logits(likeness)).tolist() == [[True, True, False]]
+    assert (layout.areas(layout.class_logits(likeness)) > 0).tolist() == [[True, True, False]]
 
 
 @pytest.mark.parametrize("regions", [False, True])

@@ -346,6 +346,16 @@ def test_all_parameters_learn_after_one_step(memory: str, regions: bool, images:
     assert [n for n in silent if "key.bias" not in n and "in_proj_bias" not in n] == []
 
 
+def test_all_parameters_take_part_in_every_step(memory: str, images: Tensor) -> None:
+    # As DDP demands: here no class is found and nobody clicks.
+    network = make(memory=memory).train()
+    clip = automatic(images[:, :2], CLASSES)
+    result = network(images[:, :2], clip._replace(gate=torch.zeros(2, 2, CLASSES).bool()))
+    parts = (result.logits, result.presence, result.plain_logits, *result.layer_logits)
+    sum(part.sum() for part in parts).backward()
+    assert [n for n, p in network.named_parameters() if p.grad is None] == []
+
+
 def test_earlier_rounds_carry_no_gradient(images: Tensor) -> None:
     network = make().train()
     clip = automatic(images, CLASSES)
