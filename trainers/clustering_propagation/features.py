@@ -46,14 +46,14 @@ class SliceFeatures(NamedTuple):
         return SliceFeatures(inputs, values, embeddings, self.mask_map[index])
 
 
-def widths(features: Sequence[int]) -> tuple[int, int]:
-    """Return the widths of centres and of embeddings for a U-Net with these features.
+def widths(features: int) -> tuple[int, int]:
+    """Return the widths of centres and of embeddings for a U-Net that begins with these features.
 
-    They grow with the widest stage: nnU-Net's 512 features give the 256 and 64 of the design (1),
-    those of a CPU's plan give a clustering part that does not outgrow the U-Net.
+    They grow with it: nnU-Net's 32 features give the 256 and 64 of the design (1). There is an
+    embedding for every pixel: a wide one would cost more than the narrow U-Net of a CPU's plan.
     """
-    width = max(NARROWEST, min(WIDEST, max(features) // 16 * 16))
-    return width, max(NARROWEST_EMBEDDING, min(WIDEST_EMBEDDING, width // 4))
+    width = max(NARROWEST, min(WIDEST, 8 * features))
+    return width, max(NARROWEST_EMBEDDING, min(WIDEST_EMBEDDING, 2 * features))
 
 
 def choose_levels(strides: Sequence[Sequence[int]]) -> list[int]:

@@ -77,7 +77,7 @@ class _ClusteringHead(nn.Module):
         self, features: Sequence[int], levels: Sequence[int], layout: CentreLayout, memory: str
     ) -> None:
         super().__init__()
-        width, embedding = widths(features)
+        width, embedding = widths(features[-1])
         self.plain = nn.Conv2d(features[-1], layout.classes, 1)
         self.features = FeatureHeads(features, levels, width, embedding)
         self.queries = nn.Parameter(torch.empty(len(layout.owners), width))
