@@ -23,7 +23,7 @@ def cluster_means(assignment: Tensor, values: Tensor) -> Tensor:
 
     Parameters
     ----------
-    assignment : Tensor, shape (B, M, N)
+    assignment : Tensor, shape (B, N, M)
         Not negative.
     values : Tensor, shape (B, M, D)
 
@@ -31,8 +31,8 @@ def cluster_means(assignment: Tensor, values: Tensor) -> Tensor:
     -------
     Tensor, shape (B, N, D)
     """
-    pixels = assignment.sum(1)[..., None]
-    return assignment.transpose(1, 2) @ values / pixels.clamp_min(1)
+    pixels = assignment.sum(2, keepdim=True)
+    return assignment @ values / pixels.clamp_min(1)
 
 
 class CosineLogits(nn.Module):
@@ -101,8 +101,7 @@ class ClusteringLayer(nn.Module):
         """
         similarity = self.similarity(centres, embeddings.transpose(1, 2))
         with torch.autocast(centres.device.type, enabled=False):
-            assignment = self.layout.assign(similarity.transpose(1, 2))
-            means = cluster_means(assignment, values.float())
+            means = cluster_means(self.layout.assign(similarity), values.float())
         first, second, third = self.gates
         centres = centres + first * self.move(means)
         normed = self.norm_attention(centres)

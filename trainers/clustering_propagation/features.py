@@ -45,6 +45,14 @@ class SliceFeatures(NamedTuple):
         )
         return SliceFeatures(inputs, values, embeddings, self.mask_map[index])
 
+    def chunk(self, number: int) -> list["SliceFeatures"]:
+        """Return the features of so many equal parts, one after the other, without a copy."""
+        inputs, values, embeddings = (
+            list(zip(*(level.chunk(number) for level in kind), strict=True)) for kind in self[:3]
+        )
+        parts = zip(inputs, values, embeddings, self.mask_map.chunk(number), strict=True)
+        return [SliceFeatures(*part) for part in parts]
+
 
 def widths(features: int) -> tuple[int, int]:
     """Return the widths of centres and of embeddings for a U-Net that begins with these features.
@@ -122,7 +130,9 @@ class FeatureHeads(nn.Module):
         inputs, values, embeddings = zip(*found, strict=True)
         x = self.mask_map(stages[-1])
         # Also here: what looks the same would be told apart on the levels, but not in the masks.
-        x = x + self.position(sine_encoding(*x.shape[2:], self.embedding, like=x)).movedim(2, 0)
+        x = x + self.position(
+            sine_encoding(x.shape[2], x.shape[3], self.embedding, like=x)
+        ).movedim(2, 0)
         return SliceFeatures(inputs, values, embeddings, functional.normalize(x, dim=1))
 
 

@@ -281,11 +281,11 @@ class ClusteringPropagationNet(nn.Module):
         order = visiting_order(clip.start, slices)
         state = after_start = self.initial_state(batch)
         found: list[SliceResult] = []
-        for step, here in enumerate(order.T):
+        in_turn = features.select((lanes * slices + order.T).flatten()).chunk(slices)
+        for step, (here, current) in enumerate(zip(order.T, in_turn, strict=True)):
             turned = here == clip.start - 1
             before = torch.where(turned, clip.start, order[:, max(step - 1, 0)])
             state = after_start.where(turned, state)
-            current = features.select(lanes * slices + here)
             prompts = self.pool_prompts(current, clip.prompts[lanes, here])
             base = None
             if step == 0 and clip.base is not None and clip.corrected is not None:

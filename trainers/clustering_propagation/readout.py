@@ -9,10 +9,14 @@ from math import log
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 BACKGROUND_CENTRES = 4
 """Of plain labels: the background looks like many things, and clicks on it must go somewhere."""
+
+
+def highest(logits: Tensor, dim: int) -> Tensor:
+    """Return the positions of the highest values: `argmax` takes ten times as long on a CPU."""
+    return logits.max(dim).indices
 
 
 @dataclass(frozen=True)
@@ -59,18 +63,18 @@ class CentreLayout:
 
         Parameters
         ----------
-        similarity : Tensor, shape (B, M, N)
+        similarity : Tensor, shape (B, N, M)
 
         Returns
         -------
-        Tensor, shape (B, M, N), of the dtype of ``similarity``
-            One-hot; with regions, inside each pair of inside and outside.
+        Tensor, shape (B, N, M), of the dtype of ``similarity``
+            One-hot over the centres; with regions, inside each pair of inside and outside.
         """
         found = similarity.detach()
         if self.regions:
-            inside, outside = found.chunk(2, 2)
-            return torch.cat((inside > outside, inside <= outside), 2).to(found)
-        return functional.one_hot(found.argmax(2), len(self.owners)).to(found)
+            inside, outside = found.chunk(2, 1)
+            return torch.cat((inside > outside, inside <= outside), 1).to(found)
+        return torch.zeros_like(found).scatter_(1, highest(found, 1).unsqueeze(1), 1)
 
     def class_logits(self, similarity: Tensor) -> Tensor:
         """Return logits (B, K, *spatial) of the likeness to each centre, (B, N, *spatial) (1.4)."""
@@ -85,5 +89,5 @@ class CentreLayout:
         """Return the number of pixels of each class, (B, K), for logits (B, K, H, W)."""
         if self.regions:
             return (logits > 0).sum((2, 3))
-        winners = logits.argmax(1).flatten(1)
+        winners = highest(logits, 1).flatten(1)
         return torch.stack([(winners == k).sum(1) for k in range(self.classes)], 1)

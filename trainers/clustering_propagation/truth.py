@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nnmosaic.trainers.clustering_propagation.readout import highest
+
 
 class Truth(NamedTuple):
     """What the labels say, class by class.
@@ -41,7 +43,7 @@ def masks_of(logits: Tensor, *, regions: bool) -> Tensor:
     """Return predicted masks (..., K, H, W), bool, for logits of this shape."""
     if regions:
         return logits > 0
-    labels = logits.argmax(-3)
+    labels = highest(logits, -3)
     return functional.one_hot(labels, logits.shape[-3]).movedim(-1, -3).bool()
 
 

@@ -13,13 +13,15 @@ from nnmosaic.trainers.clustering_propagation.readout import CentreLayout
 
 @pytest.fixture
 def similarity() -> Tensor:
-    return torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    return torch.randn(2, 6, 50, generator=torch.Generator().manual_seed(0), requires_grad=True)
 
 
 def test_a_pixel_belongs_to_one_centre(similarity: Tensor) -> None:
     found = CentreLayout(3, regions=False).assign(similarity)
-    assert torch.equal(found.sum(2), torch.ones(2, 50))
-    assert torch.equal(found.argmax(2), similarity.argmax(2))
+    assert torch.equal(found.sum(1), torch.ones(2, 50))
+    assert torch.equal(found.argmax(1), similarity.argmax(1))
+    equal = CentreLayout(3, regions=False).assign(torch.zeros(1, 6, 4))
+    assert torch.equal(equal.sum(1), torch.ones(1, 4))
     assert found.sum() == 2 * 50
     assert not found.requires_grad
 
@@ -29,19 +31,19 @@ def test_a_pixel_is_inside_or_outside_of_each_region(similarity: Tensor) -> None
     for b in range(2):
         for p in range(50):
             for r in range(3):
-                inside = similarity[b, p, r] > similarity[b, p, 3 + r]
-                assert found[b, p, r] == inside
-                assert found[b, p, 3 + r] == ~inside
+                inside = similarity[b, r, p] > similarity[b, 3 + r, p]
+                assert found[b, r, p] == inside
+                assert found[b, 3 + r, p] == ~inside
 
 
 def test_means_of_clusters_are_those_of_a_loop(similarity: Tensor) -> None:
     assignment = CentreLayout(3, regions=False).assign(similarity)
-    assignment[0, :, 2] = 0  # an empty cluster
+    assignment[0, 2] = 0  # an empty cluster
     values = torch.randn(2, 50, 4)
     found = cluster_means(assignment, values)
     for b in range(2):
         for n in range(6):
-            members = values[b, assignment[b, :, n] == 1]
+            members = values[b, assignment[b, n] == 1]
             expected = members.mean(0) if len(members) else torch.zeros(4)
             torch.testing.assert_close(found[b, n], expected)
 
