@@ -19,7 +19,6 @@ from benchmarks.grid import (
     command,
     comparison_row,
     file_name,
-    link,
     make_missing,
     parser_of,
     preprocess_with_one_plan,
@@ -28,6 +27,7 @@ from benchmarks.grid import (
     use_workspace,
     what_it_took,
 )
+from benchmarks.raw_data import write_chaos
 from benchmarks.report import RESULTS, footer, provenance, table, write
 from nnmosaic.data_conversion.atomic_write import read_json, write_json
 from nnmosaic.planners.few_shot import few_shot_folds
@@ -157,27 +157,7 @@ SETTINGS = {
 
 def prepare_chaos(data: Path, work: Path) -> None:
     """Make and preprocess the CHAOS dataset; every second patient is for testing."""
-    source = data / "chaos_mr_t2spir"
-    lines = (source / "cases.csv").read_text(encoding="utf-8").split()[1:]
-    patient_of = dict(line.split(",")[:2] for line in lines)
-    held_out = set(sorted(set(patient_of.values()))[1::2])
-    for folder, suffix, testing in (
-        (work / "nnUNet_raw" / CHAOS, "Tr", False),
-        (work / "chaos_test", "Ts", True),
-    ):
-        cases = [case for case, patient in patient_of.items() if (patient in held_out) == testing]
-        for case in cases:
-            for kind, name in (("images", f"{case}_0000.nii.gz"), ("labels", f"{case}.nii.gz")):
-                link(source / f"{kind}Tr" / name, folder / f"{kind}{suffix}" / name)
-        content = {
-            "channel_names": {"0": "MRI"},
-            "labels": {
-                "background": 0, "liver": 1, "kidney_right": 2, "kidney_left": 3, "spleen": 4
-            },
-            "numTraining": len(cases), "file_ending": ".nii.gz",
-            "subjects": {case: patient_of[case] for case in cases},
-        }  # fmt: skip
-        write_json(content, folder / "dataset.json")
+    write_chaos(data / "chaos_mr_t2spir", work / "nnUNet_raw" / CHAOS, work / "chaos_test")
     preprocess_with_one_plan(work / "nnUNet_preprocessed", [CHAOS], "3d_fullres")
 
 

@@ -21,7 +21,6 @@ from benchmarks.grid import (
     command,
     comparison_row,
     file_name,
-    link,
     make_missing,
     parser_of,
     preprocess_with_one_plan,
@@ -30,6 +29,7 @@ from benchmarks.grid import (
     use_workspace,
     what_it_took,
 )
+from benchmarks.raw_data import HIPPOCAMPUS, kept_aside, subjects_of, write_hippocampus
 from benchmarks.report import RESULTS, footer, provenance, table, write
 from nnmosaic.data_conversion.atomic_write import read_json, write_json
 
@@ -137,29 +137,12 @@ def dataset_folder(name: str) -> str:
 
 def prepare_hippocampus(data: Path, work: Path) -> None:
     """Make the raw datasets of all hippocampus settings; every fourth subject is for testing."""
-    source = data / "msd_task04_hippocampus"
-    lines = (source / "cases.csv").read_text(encoding="utf-8").split()[1:]
-    subject_of = dict(line.split(",")[:2] for line in lines)
-    subjects = sorted(set(subject_of.values()))
-    held_out = set(subjects[3::4])
-    raw = work / "nnUNet_raw"
-    labels = {"background": 0, "anterior": 1, "posterior": 2}
+    source, raw = data / "msd_task04_hippocampus", work / "nnUNet_raw"
+    full = raw / dataset_folder(CORPORA["hippocampus"][0])
+    write_hippocampus(data, full, work / "hippocampus_test")
+    subject_of, held_out = subjects_of(source), kept_aside(source, every=4)
+    subjects, labels = sorted(set(subject_of.values())), dict(HIPPOCAMPUS)
     training = [case for case, subject in subject_of.items() if subject not in held_out]
-    testing = [case for case, subject in subject_of.items() if subject in held_out]
-    for folder, cases, suffix in (
-        (raw / dataset_folder(CORPORA["hippocampus"][0]), training, "Tr"),
-        (work / "hippocampus_test", testing, "Ts"),
-    ):
-        for case in cases:
-            link(source / "imagesTr" / f"{case}.nii.gz",
-                  folder / f"images{suffix}" / f"{case}_0000.nii.gz")  # fmt: skip
-            link(source / "labelsTr" / f"{case}.nii.gz",
-                  folder / f"labels{suffix}" / f"{case}.nii.gz")  # fmt: skip
-        content = {
-            "channel_names": {"0": "MRI"}, "labels": labels, "numTraining": len(cases),
-            "file_ending": ".nii.gz", "subjects": {case: subject_of[case] for case in cases},
-        }  # fmt: skip
-        write_json(content, folder / "dataset.json")
     tenth = sorted(set(subjects) - held_out)[::10]
     rest = [case for case in training if subject_of[case] not in tenth]
     _hide("Anterior", "--part", "1/2", "--keep", "anterior")

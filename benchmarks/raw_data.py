@@ -1,0 +1,56 @@
+"""Raw datasets of the benchmarks: links to shared data, some subjects kept aside for testing."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.grid import link
+from nnmosaic.data_conversion.atomic_write import write_json
+
+HIPPOCAMPUS = {"background": 0, "anterior": 1, "posterior": 2}
+CHAOS = {"background": 0, "liver": 1, "kidney_right": 2, "kidney_left": 3, "spleen": 4}
+
+
+def write_hippocampus(data: Path, training: Path, testing: Path) -> None:
+    """Write imagesTr, ... to one folder and imagesTs, ... to another: every fourth subject."""
+    _write(data / "msd_task04_hippocampus", training, testing, HIPPOCAMPUS, every=4, channel="")
+
+
+def write_chaos(source: Path, training: Path, testing: Path) -> None:
+    """Write a sequence of CHAOS; every second patient is for testing."""
+    _write(source, training, testing, CHAOS, every=2, channel="_0000")
+
+
+def subjects_of(source: Path) -> dict[str, str]:
+    """Return case -> subject."""
+    lines = (source / "cases.csv").read_text(encoding="utf-8").split()[1:]
+    return dict(line.split(",")[:2] for line in lines)
+
+
+def kept_aside(source: Path, *, every: int) -> set[str]:
+    """Return every n-th subject, by name."""
+    return set(sorted(set(subjects_of(source).values()))[every - 1 :: every])
+
+
+def _write(
+    source: Path,
+    training: Path,
+    testing: Path,
+    labels: Mapping[str, int],
+    *,
+    every: int,
+    channel: str,
+) -> None:
+    """Write both folders; ``channel`` is what the images of the source have after their name."""
+    subject_of, held_out = subjects_of(source), kept_aside(source, every=every)
+    for folder, suffix, aside in ((training, "Tr", False), (testing, "Ts", True)):
+        cases = [case for case, subject in subject_of.items() if (subject in held_out) == aside]
+        for case in cases:
+            image = source / "imagesTr" / f"{case}{channel}.nii.gz"
+            link(image, folder / f"images{suffix}" / f"{case}_0000.nii.gz")
+            link(source / "labelsTr" / f"{case}.nii.gz",
+                 folder / f"labels{suffix}" / f"{case}.nii.gz")  # fmt: skip
+        content = {
+            "channel_names": {"0": "MRI"}, "labels": labels, "numTraining": len(cases),
+            "file_ending": ".nii.gz", "subjects": {case: subject_of[case] for case in cases},
+        }  # fmt: skip
+        write_json(content, folder / "dataset.json")
