@@ -1,6 +1,6 @@
 """The HTTP interface: each route reads a request, calls the workbench, and answers in JSON."""
 
-import logging
+import mimetypes
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,19 +12,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from nnmosaic.pipeline.serve.cases import Workspace
-from nnmosaic.pipeline.serve.errors import Refused
+from nnmosaic.pipeline.serve.errors import RefusedError
 from nnmosaic.pipeline.serve.security import MAX_BODY, Guard
 from nnmosaic.pipeline.serve.session_protocol import Session
 from nnmosaic.pipeline.serve.workbench import Workbench
-
-logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 MAX_RADIUS = 50.0
 """Of a scribble, in voxels."""
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
-World = tuple[Number, Number, Number]
+World = Annotated[list[Number], Field(min_length=3, max_length=3)]
 
 
 class _Message(BaseModel):
@@ -76,8 +74,12 @@ def create_app(
     max_body : int
         Bytes of a request.
     """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    # Newer versions of FastAPI would send traces where OTEL_* variables point to: nothing leaves here.
+    app = FastAPI(
+        docs_url=None, redoc_url=None, openapi_url=None, telemetry={"auto_configure": False}
+    )
     app.add_middleware(Guard, token=token, max_body=max_body)
+    mimetypes.add_type("text/javascript", ".js")  # some Windows machines say text/plain
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     _add_error_answers(app)
     bench = Workbench(session, workspace)
@@ -150,8 +152,8 @@ def _add_editing(app: FastAPI, bench: Workbench) -> None:
 def _add_error_answers(app: FastAPI) -> None:
     """Make every error one sentence: ``{"error": ..., "reason": ...}``."""
 
-    @app.exception_handler(Refused)
-    def refused(_: Request, error: Refused) -> JSONResponse:
+    @app.exception_handler(RefusedError)
+    def refused(_: Request, error: RefusedError) -> JSONResponse:
         return JSONResponse(error.content(), error.status)
 
     @app.exception_handler(RequestValidationError)
@@ -162,7 +164,7 @@ def _add_error_answers(app: FastAPI) -> None:
         else:
             where = ".".join(str(part) for part in first["loc"][1:]) or "body"
             text = f"{where}: {first['msg']}."
-        return JSONResponse(Refused(text).content(), 422)
+        return JSONResponse(RefusedError(text).content(), 422)
 
     @app.exception_handler(HTTPException)
     def unknown(request: Request, error: HTTPException) -> JSONResponse:
@@ -170,7 +172,6 @@ def _add_error_answers(app: FastAPI) -> None:
         return JSONResponse({"error": text, "reason": "http"}, error.status_code)
 
     @app.exception_handler(Exception)
-    def failed(request: Request, error: Exception) -> JSONResponse:
-        logger.error("%s failed: %s", request.url.path, error)
+    def failed(_: Request, error: Exception) -> JSONResponse:
         text = f"The server made a mistake ({type(error).__name__}: {error}). Try again, or save."
         return JSONResponse({"error": text, "reason": "failed"}, 500)

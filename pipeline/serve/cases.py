@@ -6,7 +6,7 @@ from pathlib import Path
 from nnmosaic.data_conversion.dataset_json import DatasetJson
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.raw_dataset import Case, find_image_cases
-from nnmosaic.pipeline.serve.errors import Refused
+from nnmosaic.pipeline.serve.errors import RefusedError
 
 PROMPTS_FOLDER = "prompts"
 """In the output folder: CASE.json, as ``nnmosaic predict --prompts`` reads them."""
@@ -79,17 +79,17 @@ class Workspace:
 
         Raises
         ------
-        Refused
+        RefusedError
             If no case of the images folder has this name, or it cannot be used.
         """
         try:
             cases, faults = self.cases()
         except InputError as error:
-            raise Refused(str(error), status=404, reason="case") from None
+            raise RefusedError(str(error), status=404, reason="case") from None
         if name in faults:
-            raise Refused(faults[name], status=403, reason="case")
+            raise RefusedError(faults[name], status=403, reason="case")
         if name not in cases:
-            raise Refused(
+            raise RefusedError(
                 f"There is no case {name!r} in the images folder. Choose one from the list.",
                 status=404,
                 reason="case",
@@ -110,7 +110,7 @@ class Workspace:
 
     def _result(self, path: Path) -> Path:
         if path.is_symlink() or not path.resolve().is_relative_to(self.output):
-            raise Refused(
+            raise RefusedError(
                 f"{path} is a link, which is not followed. Remove it and save again; nothing is "
                 "lost.",
                 status=403,

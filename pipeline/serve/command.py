@@ -69,9 +69,10 @@ def load_session(model: Path, checkpoint: str, device: str | None) -> Session:
     from nnmosaic.pipeline.device import choose_device
     from nnmosaic.trainers.clustering_propagation.session import ClusteringPropagationSession
 
-    session: Session = ClusteringPropagationSession(device=choose_device(device))
+    session = ClusteringPropagationSession(device=choose_device(device))
     session.initialize_from_trained_model_folder(model, checkpoint_name=checkpoint)
-    return session
+    ready: Session = session
+    return ready
 
 
 def listen(port: int) -> socket.socket:
@@ -97,6 +98,8 @@ def listen(port: int) -> socket.socket:
 
 def run(app: FastAPI, listening: socket.socket) -> None:
     """Answer requests until the process is interrupted."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, lifespan="off"
+    )
     with suppress(KeyboardInterrupt):  # Ctrl+C is how it ends
         uvicorn.Server(config).run(sockets=[listening])

@@ -1,7 +1,7 @@
 """A request that is refused; the page shows the message as it is."""
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The request cannot be done, and nothing was changed.
 
     Parameters

@@ -138,7 +138,8 @@ def changed_box(before: np.ndarray, after: np.ndarray) -> Box | None:
 def display_nifti(channel: np.ndarray, grid: Grid) -> bytes:
     """Return one channel (z, y, x) as NIfTI on the display grid, centred and without rotation.
 
-    Whole numbers travel as int16 where they fit: half the bytes, and nothing is lost.
+    Whole numbers travel as int16 where they fit: half the bytes, and nothing is lost. The header's
+    display range leaves out the extremes, and the lowest value, which most of the background has.
     """
     array = grid.to_display(channel)
     rounded = array.astype(np.int16) if np.abs(array).max(initial=0) < 2**15 else None
@@ -146,4 +147,13 @@ def display_nifti(channel: np.ndarray, grid: Grid) -> bytes:
         array = rounded
     affine = np.diag([*grid.display_spacing, 1.0])
     affine[:3, 3] = -affine[:3, :3] @ (np.array(grid.display_shape) - 1) / 2
-    return bytes(nibabel.Nifti1Image(array, affine).to_bytes())
+    nifti = nibabel.Nifti1Image(array, affine)
+    nifti.header["cal_min"], nifti.header["cal_max"] = _display_range(array)
+    return bytes(nifti.to_bytes())
+
+
+def _display_range(array: np.ndarray) -> tuple[float, float]:
+    lowest, highest = float(array.min()), float(array.max())
+    above = array[array > lowest]
+    black, white = np.percentile(above, (0.5, 99.5)).tolist() if above.size else (lowest, highest)
+    return (black, white) if black < white else (lowest, highest)

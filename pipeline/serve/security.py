@@ -2,8 +2,9 @@
 
 The server listens on 127.0.0.1, but every web page that the user visits can send requests there.
 Such a page does not know the token, and cannot set the header it travels in without a permission
-(CORS) that is never given. A page whose name was rebound to 127.0.0.1 would not need the permission;
-it is told apart by the ``Host`` header. The token also keeps out other users of the machine.
+(CORS) that is never given. A page whose name was rebound to 127.0.0.1 would not need the
+permission; it is told apart by the ``Host`` header. The token also keeps out other users of the
+machine.
 """
 
 import hmac
@@ -13,7 +14,7 @@ import secrets
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nnmosaic.pipeline.serve.errors import Refused
+from nnmosaic.pipeline.serve.errors import RefusedError
 
 MAX_BODY = 2**20
 """Bytes of a request; a scribble of 10,000 points has some 600,000."""
@@ -22,7 +23,6 @@ HOSTS = ("127.0.0.1", "localhost")
 """Names under which the page may be asked for."""
 
 HEADERS = {
-    # 'unsafe-inline' only for style attributes: NiiVue sets them on its canvas.
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -50,14 +50,11 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with the reason why not."""
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-            return
         headers = Headers(scope=scope)
         try:
             self._check(scope, headers)
             body = await self._body(headers, receive)
-        except Refused as refused:
+        except RefusedError as refused:
             await _answer(refused, send)
             return
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
@@ -74,10 +71,10 @@ class Guard:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         if scope["type"] != "http":
-            raise Refused("Only HTTP is spoken here.", status=400)
+            raise RefusedError("Only HTTP is spoken here.", status=400)
         host = headers.get("host", "").rpartition(":")
         if (host[0] or host[2]) not in HOSTS:
-            raise Refused(
+            raise RefusedError(
                 "This page answers only under the address that nnmosaic serve printed.",
                 status=400,
                 reason="host",
@@ -85,7 +82,7 @@ class Guard:
         if _is_page(scope):
             return
         if not hmac.compare_digest(headers.get("authorization", "").encode(), self.expected):
-            raise Refused(
+            raise RefusedError(
                 "The access token is missing or wrong. Open the address that nnmosaic serve "
                 "printed last; the part after # is the token.",
                 status=401,
@@ -94,7 +91,7 @@ class Guard:
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """Read a body as far as it may go, whatever length it announces."""
-        too_large = Refused(
+        too_large = RefusedError(
             f"The request is larger than {self.max_body} bytes. Draw a shorter scribble.",
             status=413,
             reason="too_large",
@@ -118,7 +115,7 @@ def _is_page(scope: Scope) -> bool:
     return is_file and scope["method"] in ("GET", "HEAD")
 
 
-async def _answer(refused: Refused, send: Send) -> None:
+async def _answer(refused: RefusedError, send: Send) -> None:
     body = json.dumps(refused.content()).encode()
     headers = {**HEADERS, "Content-Type": "application/json", "Content-Length": str(len(body))}
     if refused.status == 413:

@@ -51,7 +51,7 @@ class Session(Protocol):
         """Go back to the automatic result."""
 
     def prompts(self) -> dict[str, Any]:
-        """Return all clicks and strokes as JSON content (methods/clustering_propagation.md, 5.4)."""
+        """Return all clicks and strokes (JSON of methods/clustering_propagation.md, 5.4)."""
 
     def suggest_slice(self) -> int | None:
         """Return the slice where a click is likely to help most."""

@@ -17,14 +17,14 @@ from nnmosaic.data_conversion.case_check import read_image, reader_of
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.raw_dataset import Case
 from nnmosaic.pipeline.serve.cases import Workspace
-from nnmosaic.pipeline.serve.errors import Refused
+from nnmosaic.pipeline.serve.errors import RefusedError
 from nnmosaic.pipeline.serve.geometry import Grid, changed_box, display_nifti
 from nnmosaic.pipeline.serve.marks import marks
 from nnmosaic.pipeline.serve.session_protocol import Session, Zyx
 
 logger = logging.getLogger(__name__)
 
-Point = tuple[float, float, float]
+Point = Sequence[float]
 """RAS millimetres."""
 
 Answer = TypeVar("Answer")
@@ -44,7 +44,7 @@ class _Shown:
 
 
 class Workbench:
-    """A session with its files. Every method either does what it says or raises `Refused`."""
+    """A session with its files. Every method either does what it says or raises `RefusedError`."""
 
     def __init__(self, session: Session, workspace: Workspace) -> None:
         self.session, self.workspace = session, workspace
@@ -83,7 +83,7 @@ class Workbench:
         try:
             cases, faults = self.workspace.cases()
         except InputError as error:
-            raise Refused(str(error), status=404, reason="case") from None
+            raise RefusedError(str(error), status=404, reason="case") from None
         listed = [{"name": name, "saved": self.workspace.is_saved(name)} for name in cases]
         return {"cases": listed, "faults": faults}
 
@@ -98,12 +98,12 @@ class Workbench:
         case = self.workspace.case(name)
         shown = self._shown
         if shown is not None and shown.unsaved and not discard:
-            raise Refused(
+            raise RefusedError(
                 f"The corrections of {shown.name} are not saved.", status=409, reason="unsaved"
             )
         self._refuse_while_opening()
         if not self._lock.acquire(blocking=False):
-            raise Refused("The last click is still being worked on.", status=409, reason="busy")
+            raise RefusedError("The last click is still being worked on.", status=409, reason="busy")
         self._opening, self._failure = (name, time.monotonic()), None
         threading.Thread(target=self._open, args=(case,), daemon=True).start()
 
@@ -140,9 +140,9 @@ class Workbench:
         """Return one channel of the shown case as NIfTI on the display grid."""
         shown = self._shown
         if shown is None:
-            raise Refused("No case is open.", status=409, reason="no_case")
+            raise RefusedError("No case is open.", status=409, reason="no_case")
         if not 0 <= channel < len(shown.image):
-            raise Refused(f"{shown.name} has no channel {channel}.", status=404)
+            raise RefusedError(f"{shown.name} has no channel {channel}.", status=404)
         return display_nifti(shown.image[channel], shown.grid)
 
     def label_map(self) -> dict[str, Any]:
@@ -175,7 +175,7 @@ class Workbench:
         """Take the last step back, and return what changed."""
         with self._edited(case) as shown:
             if not self._ask(self.session.undo):
-                raise Refused("There is nothing to undo.", status=409, reason="nothing")
+                raise RefusedError("There is nothing to undo.", status=409, reason="nothing")
             shown.unsaved = True
             return self._changes(shown)
 
@@ -192,7 +192,7 @@ class Workbench:
             index = self._ask(self.session.suggest_slice)
             axis = self.session.slice_axis
             if index is None:
-                raise Refused("The model has no slice to suggest.", status=409, reason="nothing")
+                raise RefusedError("The model has no slice to suggest.", status=409, reason="nothing")
             grid = shown.grid
             return {"axis": grid.display_axis(axis), "index": grid.display_index(axis, index)}
 
@@ -202,7 +202,7 @@ class Workbench:
             label_map = self.workspace.label_map_file(case)
             prompts = self.workspace.prompts_file(case)
             if label_map.exists() and not (shown.saved or overwrite):
-                raise Refused(
+                raise RefusedError(
                     f"{label_map} exists from an earlier time.", status=409, reason="exists"
                 )
             try:
@@ -210,7 +210,7 @@ class Workbench:
                 self.session.save(label_map)
                 write_json(self.session.prompts(), prompts)
             except OSError as error:
-                raise Refused(
+                raise RefusedError(
                     f"The result could not be written ({error}). Free disk space or change the "
                     "rights of the folder, then save again; nothing is lost.",
                     status=500,
@@ -226,7 +226,7 @@ class Workbench:
         with self._lock:
             shown = self._ready()
             if shown.name != case:
-                raise Refused(
+                raise RefusedError(
                     f"{shown.name} is open by now, not {case}, perhaps from another tab. Load the "
                     "page again.",
                     status=409,
@@ -237,23 +237,23 @@ class Workbench:
     def _refuse_while_opening(self) -> None:
         opening = self._opening
         if opening is not None:
-            raise Refused(f"{opening[0]} is being opened. Wait.", status=409, reason="busy")
+            raise RefusedError(f"{opening[0]} is being opened. Wait.", status=409, reason="busy")
 
     def _ready(self) -> _Shown:
         if self._shown is None or self._shown.sent is None:
-            raise Refused("No case is open. Choose one first.", status=409, reason="no_case")
+            raise RefusedError("No case is open. Choose one first.", status=409, reason="no_case")
         return self._shown
 
     def _indices(self, shown: _Shown, points: Sequence[Point], label: str) -> list[Zyx]:
         """Return array indices of world coordinates, and refuse what the session must not see."""
         if label not in self.session.labels:
             known = ", ".join(self.session.labels)
-            raise Refused(f"The model has no class {label!r}. It has: {known}.", reason="label")
+            raise RefusedError(f"The model has no class {label!r}. It has: {known}.", reason="label")
         indices = shown.grid.world_to_array(np.array(points, float))
         outside = ~shown.grid.contains(indices)
         if outside.any():
             numbers = ", ".join(f"{v:.1f}" for v in points[int(np.argmax(outside))])
-            raise Refused(
+            raise RefusedError(
                 f"The point ({numbers}) mm lies outside the image. Click on the image.",
                 reason="outside",
             )
@@ -264,10 +264,10 @@ class Workbench:
         try:
             return step()
         except ValueError as error:  # InputError is one
-            raise Refused(str(error)) from None
+            raise RefusedError(str(error)) from None
         except Exception as error:
             logger.exception("The session failed")
-            raise Refused(
+            raise RefusedError(
                 f"The model could not do this ({type(error).__name__}: {error}). The result before "
                 "it is kept; you can go on or save. More is in the terminal window.",
                 status=500,

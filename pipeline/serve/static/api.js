@@ -13,6 +13,10 @@ function takeToken() {
 }
 
 const token = takeToken();
+window.addEventListener("hashchange", () => {
+  takeToken(); // another address of the same server was pasted into this tab
+  location.reload();
+});
 
 /** What the server refused; `reason` is a word for code, the message is for people. */
 export class ServerError extends Error {

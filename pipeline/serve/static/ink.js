@@ -26,7 +26,19 @@ export class Ink {
       if (mark.radius) this.#line(pen, places, mark);
       else this.#point(pen, places[0], mark);
     }
+    this.#edges(pen);
     this.#annotated();
+  }
+
+  /** Write where the edges of the picture point to in the patient. */
+  #edges(pen) {
+    const [width, height] = [this.canvas.clientWidth, this.canvas.clientHeight];
+    const places = [[14, height / 2], [width - 14, height / 2], [width / 2, 16], [width / 2, height - 14]];
+    pen.font = "600 13px system-ui, sans-serif";
+    pen.textAlign = "center";
+    pen.textBaseline = "middle";
+    pen.fillStyle = "#aeb8c4";
+    places.forEach((place, i) => pen.fillText(this.viewer.edges[i], ...place));
   }
 
   #point(pen, [x, y], { colour, positive, pending }) {

@@ -12,6 +12,7 @@ import { Viewer } from "./viewer.js";
 import { showWindow, followWindow } from "./window.js";
 
 const POLL = 400; // milliseconds
+const OPPOSITE = { R: "L", A: "P", S: "I" };
 const element = (id) => document.getElementById(id);
 
 const viewer = new Viewer(element("image"), () => ink.draw());
@@ -179,8 +180,9 @@ function choose(one) {
 
 function showPosition(voxel) {
   const inside = voxel && open;
-  const world = inside ? open.worldOf(voxel).map((v) => v.toFixed(1)).join(", ") : "";
-  element("position").textContent = inside ? `R A S  ${world} mm` : "\u00a0";
+  const named = (v, i) => `${"RAS"[i]} ${v.toFixed(1)}`.replace(/^(.) -/, (_, way) => `${OPPOSITE[way]} `);
+  const world = inside && open.worldOf(voxel).map(named).join("   ");
+  element("position").textContent = inside ? `${world} mm` : "\u00a0";
   if (!inside) {
     element("under").textContent = "";
     return;
@@ -311,7 +313,8 @@ await attempt(async () => {
   setTool("point");
   setRadius(2);
   setOpacity(45);
-  element("output").textContent = state.output;
+  element("output").textContent = `Results in ${state.output.split(/[\\/]/).at(-1)}`;
+  element("output").title = state.output;
   wireControls();
   wireKeys();
   followPointer(element("ink"), viewer, {

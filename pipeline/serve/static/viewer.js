@@ -5,6 +5,9 @@
 import { Niivue, NVImage, SLICE_TYPE } from "./vendor/niivue.js";
 
 const SLICE_TYPES = [SLICE_TYPE.SAGITTAL, SLICE_TYPE.CORONAL, SLICE_TYPE.AXIAL];
+
+/** Where the left, right, upper and lower edge of the picture point to, per axis of the slices. */
+const EDGES = [["A", "P", "S", "I"], ["R", "L", "S", "I"], ["R", "L", "A", "P"]];
 const RIM = 2; // labels are twice as opaque at their rim
 
 export class Viewer {
@@ -21,8 +24,7 @@ export class Viewer {
       isRadiologicalConvention: true,
       sagittalNoseLeft: true,
       crosshairWidth: 0,
-      fontColor: [0.75, 0.8, 0.86, 1],
-      fontSizeScaling: 0.3,
+      isOrientationTextVisible: false,
       loadingText: "",
       logLevel: "error",
       sliceType: SLICE_TYPE.AXIAL,
@@ -39,11 +41,11 @@ export class Viewer {
     const view = this.niivue;
     const before = view.drawBitmap;
     const image = await NVImage.loadFromUrl({ url: bytes, name: "image.nii" });
-    if (view.volumes.length) view.setVolume(image, 0);
-    else view.addVolume(image);
-    for (const old of view.volumes.slice(1)) view.removeVolume(old);
+    for (const old of [...view.volumes]) view.removeVolume(old);
+    view.addVolume(image);
     this.shape = shape;
     this.automatic = [image.cal_min, image.cal_max];
+    this.range = extremes(image.img);
     view.createEmptyDrawing();
     if (keep && before) {
       view.drawBitmap.set(before);
@@ -82,6 +84,10 @@ export class Viewer {
     this.#draw();
   }
 
+  get edges() {
+    return EDGES[this.axis];
+  }
+
   get slice() {
     return this.#index(this.axis);
   }
@@ -100,11 +106,6 @@ export class Viewer {
     const image = this.niivue.volumes[0];
     [image.cal_min, image.cal_max] = [black, white];
     this.niivue.updateGLVolume();
-  }
-
-  get range() {
-    const image = this.niivue.volumes[0];
-    return [image.global_min, image.global_max];
   }
 
   /** Write new label values into a half-open box [[x1, x2], [y1, y2], [z1, z2]]; x runs fastest. */
@@ -211,4 +212,13 @@ export class Viewer {
     this.niivue.drawScene();
     this.redrawn();
   }
+}
+
+function extremes(values) {
+  let [low, high] = [values[0], values[0]];
+  for (const value of values) {
+    if (value < low) low = value;
+    else if (value > high) high = value;
+  }
+  return [low, high];
 }

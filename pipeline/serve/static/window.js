@@ -10,7 +10,7 @@ export function showWindow(viewer) {
   for (const [id, min, max] of [["level", low, high], ["width", step, high - low || 1]]) {
     Object.assign(element(id), { min, max, step: "any" });
   }
-  set(viewer, ...viewer.automatic);
+  write(...viewer.automatic); // NiiVue shows a new image with its automatic window
 }
 
 /** Let the sliders set the window, at most once per picture. */
@@ -30,10 +30,13 @@ export function followWindow(viewer) {
 }
 
 function set(viewer, black, white) {
-  const [level, width] = [(black + white) / 2, white - black];
-  for (const [id, value] of [["level", level], ["width", width]]) {
+  write(black, white);
+  viewer.setWindow(black, white);
+}
+
+function write(black, white) {
+  for (const [id, value] of [["level", (black + white) / 2], ["width", white - black]]) {
     element(id).value = value;
     element(`${id}-value`).textContent = +value.toPrecision(4);
   }
-  viewer.setWindow(black, white);
 }
