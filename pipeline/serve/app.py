@@ -74,7 +74,7 @@ def create_app(
     max_body : int
         Bytes of a request.
     """
-    # Newer versions of FastAPI would send traces where OTEL_* variables point to: nothing leaves here.
+    # Newer versions of FastAPI send traces to where OTEL_* variables point; nothing leaves here.
     app = FastAPI(
         docs_url=None, redoc_url=None, openapi_url=None, telemetry={"auto_configure": False}
     )

@@ -103,7 +103,9 @@ class Workbench:
             )
         self._refuse_while_opening()
         if not self._lock.acquire(blocking=False):
-            raise RefusedError("The last click is still being worked on.", status=409, reason="busy")
+            raise RefusedError(
+                "The last click is still being worked on.", status=409, reason="busy"
+            )
         self._opening, self._failure = (name, time.monotonic()), None
         threading.Thread(target=self._open, args=(case,), daemon=True).start()
 
@@ -192,7 +194,9 @@ class Workbench:
             index = self._ask(self.session.suggest_slice)
             axis = self.session.slice_axis
             if index is None:
-                raise RefusedError("The model has no slice to suggest.", status=409, reason="nothing")
+                raise RefusedError(
+                    "The model has no slice to suggest.", status=409, reason="nothing"
+                )
             grid = shown.grid
             return {"axis": grid.display_axis(axis), "index": grid.display_index(axis, index)}
 
@@ -248,7 +252,9 @@ class Workbench:
         """Return array indices of world coordinates, and refuse what the session must not see."""
         if label not in self.session.labels:
             known = ", ".join(self.session.labels)
-            raise RefusedError(f"The model has no class {label!r}. It has: {known}.", reason="label")
+            raise RefusedError(
+                f"The model has no class {label!r}. It has: {known}.", reason="label"
+            )
         indices = shown.grid.world_to_array(np.array(points, float))
         outside = ~shown.grid.contains(indices)
         if outside.any():
@@ -285,9 +291,7 @@ class Workbench:
         voxels = None
         if box is not None:
             part = after[tuple(slice(*limits) for limits in box)]
-            # x runs fastest on the page, as in NIfTI
-            raw = shown.grid.to_display(part).tobytes(order="F")
-            voxels = base64.b64encode(zlib.compress(raw, 1)).decode()
+            voxels = pack(shown.grid.to_display(part))
             shown.sent = after.copy()
         return {
             "revision": shown.revision,
@@ -296,3 +300,8 @@ class Workbench:
             "marks": marks(self.session.prompts(), self.session.labels, shown.grid),
             "unsaved": shown.unsaved,
         }
+
+
+def pack(voxels: np.ndarray) -> str:
+    """Return voxels (x, y, z) as base64 of zlib; x runs fastest, as in NIfTI and on the page."""
+    return base64.b64encode(zlib.compress(voxels.tobytes(order="F"), 1)).decode()

@@ -22,7 +22,10 @@ DIRECTIONS = {
 def turned(direction: np.ndarray, degrees: float) -> np.ndarray:
     turn = np.deg2rad(degrees)
     c, s = np.cos(turn), np.sin(turn)
-    x, z = np.array([[1, 0, 0], [0, c, -s], [0, s, c]]), np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+    x, z = (
+        np.array([[1, 0, 0], [0, c, -s], [0, s, c]]),
+        np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]),
+    )
     return z @ x @ direction
 
 
@@ -92,7 +95,9 @@ def test_boxes_and_slices_follow_the_display(image: SimpleITK.Image, grid: Grid)
 
 
 def test_inside_ends_at_the_edges_of_voxels(grid: Grid) -> None:
-    edges = np.array([[-0.5, -0.5, -0.5], [3.5, 4.5, 5.5], [-0.51, 0, 0], [0, 4.51, 0], [0, 0, np.nan]])
+    edges = np.array(
+        [[-0.5, -0.5, -0.5], [3.5, 4.5, 5.5], [-0.51, 0, 0], [0, 4.51, 0], [0, 0, np.nan]]
+    )
     assert grid.contains(edges).tolist() == [True, True, False, False, False]
 
 
@@ -113,7 +118,9 @@ def test_changed_box_is_the_smallest() -> None:
     assert changed_box(before, after) == ((1, 3), (2, 3), (3, 6))
 
 
-@pytest.mark.parametrize(("factor", "dtype"), [(1.0, np.int16), (0.5, np.float32), (1e6, np.float32)])
+@pytest.mark.parametrize(
+    ("factor", "dtype"), [(1.0, np.int16), (0.5, np.float32), (1e6, np.float32)]
+)
 def test_image_for_the_page_has_no_rotation_and_loses_nothing(
     image: SimpleITK.Image, grid: Grid, factor: float, dtype: Any
 ) -> None:

@@ -155,7 +155,7 @@ def beacon_image(path: Path) -> None:
 def test_a_click_reaches_the_voxel_that_is_seen(
     page: Page, session: Any, make_workspace: Callable[..., Workspace], tilted: Any, tmp_path: Path
 ) -> None:
-    flips = {"plain": (1, 1, 1), "left_up": (-1, 1, -1), "front": (1, -1, 1)}
+    flips = {"left_up": (-1, 1, -1), "front": (1, -1, 1)}
     workspace = make_workspace(**{name: tilted(signs) for name, signs in flips.items()})
     for path in workspace.images.iterdir():
         beacon_image(path)
@@ -276,6 +276,14 @@ def test_errors_are_told_and_nothing_is_lost(
     page.wait("document.querySelector('#messages').textContent.includes('does not answer')")
     complaints = page.call("complaints")  # the browser's own lines about refused requests
     assert all("Failed to load resource" in text for text in complaints), complaints
+
+
+def test_the_bundle_is_what_the_lock_file_says(tmp_path: Path) -> None:
+    serve = ROOT / "pipeline" / "serve"
+    subprocess.run(["node", str(serve / "bundle.mjs"), str(tmp_path)], check=True, cwd=ROOT)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (serve / "static" / "vendor" / path.name).read_bytes()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_screenshot_for_the_docs(
