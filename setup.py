@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 FOLDERS = ("data_conversion", "planners", "trainers", "pipeline")
+PAGE = ["serve/static/*", "serve/static/vendor/*"]
 
 
 def subpackages(folder: str) -> list[str]:
@@ -24,8 +25,14 @@ setup(
     python_requires=">=3.10",
     packages=[name for folder in FOLDERS for name in subpackages(folder)],
     package_dir={f"nnmosaic.{folder}": folder for folder in FOLDERS},
-    package_data={f"nnmosaic.{folder}": ["py.typed"] for folder in FOLDERS},
+    package_data={
+        f"nnmosaic.{folder}": ["py.typed", *(PAGE if folder == "pipeline" else ())]
+        for folder in FOLDERS
+    },
     install_requires=["nnunetv2>=2.8.1,<2.9", "filelock>=3.12", "rich>=13"],
-    extras_require={"dev": ["mypy>=1.11", "pytest>=8", "ruff>=0.12"]},
+    extras_require={
+        "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
+        "dev": ["httpx2>=2", "mypy>=1.11", "pytest>=8", "ruff>=0.12"],
+    },
     entry_points={"console_scripts": ["nnmosaic = nnmosaic.pipeline.cli:main"]},
 )

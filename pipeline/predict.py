@@ -84,7 +84,7 @@ def predict(
     InputError
         If the folder or the model cannot be used at all.
     """
-    dataset = _dataset_of(model)
+    dataset = dataset_of(model)
     cases, failures = find_image_cases(
         images, file_ending=dataset.file_ending, num_channels=len(dataset.channel_names)
     )
@@ -124,7 +124,14 @@ def predict(
     return failures
 
 
-def _dataset_of(model: Path) -> DatasetJson:
+def dataset_of(model: Path) -> DatasetJson:
+    """Return what a model was trained on.
+
+    Raises
+    ------
+    InputError
+        If the folder is no model.
+    """
     path = model / "dataset.json"
     if not path.is_file():
         raise InputError(f"{model} is no trained model: it has no dataset.json. Train first.")

@@ -17,7 +17,7 @@ from nnmosaic.pipeline.cli import main
 
 COMMANDS = (
     "merge", "hide_labels", "sparsify", "doctor", "plan", "plan_and_preprocess", "train", "predict",
-    "ensemble", "evaluate", "evaluate_raters", "find_best", "run", "trainer_path",
+    "ensemble", "evaluate", "evaluate_raters", "find_best", "run", "serve", "trainer_path",
 )  # fmt: skip
 Make = Callable[..., Path]
 
@@ -67,7 +67,9 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0
-    needs_no_folders = command in ("ensemble", "evaluate", "evaluate_raters", "trainer_path")
+    needs_no_folders = command in (
+        "ensemble", "evaluate", "evaluate_raters", "serve", "trainer_path",
+    )  # fmt: skip
     assert ("--workspace" in capsys.readouterr().out) is not needs_no_folders
 
 
