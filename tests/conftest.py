@@ -231,6 +231,33 @@ def make_trainer(prepared: Path, plans_of: Callable[..., Any]) -> Callable[..., 
 
 
 @pytest.fixture
+def propagation_model(make_trainer: Callable[..., Any], tmp_path: Path) -> Path:
+    """Return a 2D model of dataset 4, untrained, in which nothing is zero that begins at zero."""
+    import torch
+    from torch import nn
+
+    from nnmosaic.trainers.clustering_propagation.trainer import (
+        nnUNetTrainerClusteringPropagation,
+    )
+
+    torch.manual_seed(0)
+    trainer = make_trainer(nnUNetTrainerClusteringPropagation, "Dataset004_Balls", "2d")
+    trainer.initialize()
+    head = trainer.network.head
+    for parameter in head.parameters():
+        if not parameter.detach().any():
+            nn.init.normal_(parameter, std=0.3)
+    nn.init.constant_(head.presence[-1].bias, 2.0)
+    folder = tmp_path / "model"
+    (folder / "fold_0").mkdir(parents=True)
+    plans = {k: v for k, v in trainer.plans_manager.plans.items() if k != "continue_training"}
+    for name, content in (("plans", plans), ("dataset", trainer.dataset_json)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    trainer.save_checkpoint(str(folder / "fold_0" / "checkpoint_final.pth"))
+    return folder
+
+
+@pytest.fixture
 def trained(prepared: Path, model_cache: Path) -> Path:
     """Return a prepared workspace with two trained folds of dataset 7, and 3 images to predict.
 

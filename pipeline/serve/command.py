@@ -67,12 +67,9 @@ def serve(
 def load_session(model: Path, checkpoint: str, device: str | None) -> Session:
     """Return a session of a trained model; this is where torch is imported."""
     from nnmosaic.pipeline.device import choose_device
-    from nnmosaic.trainers.clustering_propagation.session import ClusteringPropagationSession
+    from nnmosaic.pipeline.serve.case_session import CaseSession
 
-    session = ClusteringPropagationSession(device=choose_device(device))
-    session.initialize_from_trained_model_folder(model, checkpoint_name=checkpoint)
-    ready: Session = session
-    return ready
+    return CaseSession(model, checkpoint=checkpoint, device=choose_device(device))
 
 
 def listen(port: int) -> socket.socket:

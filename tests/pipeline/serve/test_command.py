@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import types
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -87,28 +86,6 @@ def test_what_cannot_be_served_is_refused_before_the_model_is_loaded(
 def test_only_this_machine_is_listened_to() -> None:
     with command.listen(0) as listening:
         assert listening.getsockname()[0] == "127.0.0.1"
-
-
-def test_the_session_is_made_from_the_model_folder(
-    monkeypatch: pytest.MonkeyPatch, model: Path
-) -> None:
-    made: dict[str, Any] = {}
-
-    class Session:
-        def __init__(self, **given: Any) -> None:
-            made.update(given)
-
-        def initialize_from_trained_model_folder(self, folder: Path, **given: Any) -> None:
-            made.update(folder=folder, **given)
-
-    name = "nnmosaic.trainers.clustering_propagation"
-    module = types.ModuleType(f"{name}.session")
-    module.ClusteringPropagationSession = Session  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    assert isinstance(command.load_session(model, "checkpoint_best.pth", "cpu"), Session)
-    assert made.pop("device").type == "cpu"
-    assert made == {"folder": model, "checkpoint_name": "checkpoint_best.pth"}
 
 
 SERVER = """

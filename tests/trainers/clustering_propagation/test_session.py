@@ -1,6 +1,5 @@
 """Sessions in which a person corrects an image (spec 5.6; invariants 2, 10, 11, 14 and 16)."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,36 +11,14 @@ import torch
 from nnunetv2.inference.export_prediction import (
     convert_predicted_logits_to_segmentation_with_correct_shape,
 )
-from torch import nn
 
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.prompts import write_prompts
 from nnmosaic.pipeline.cli import main
 from nnmosaic.trainers.clustering_propagation.session import ClusteringPropagationSession
-from nnmosaic.trainers.clustering_propagation.trainer import nnUNetTrainerClusteringPropagation
 
 CPU = torch.device("cpu")
 DIRECTION = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
-
-
-@pytest.fixture
-def model(make_trainer: Callable[..., Any], tmp_path: Path) -> Path:
-    """Return the folder of a model in which nothing that begins at zero is zero any more."""
-    torch.manual_seed(0)
-    trainer = make_trainer(nnUNetTrainerClusteringPropagation, "Dataset004_Balls", "2d")
-    trainer.initialize()
-    head = trainer.network.head
-    for parameter in head.parameters():
-        if not parameter.detach().any():
-            nn.init.normal_(parameter, std=0.3)
-    nn.init.constant_(head.presence[-1].bias, 2.0)
-    folder = tmp_path / "model"
-    (folder / "fold_0").mkdir(parents=True)
-    plans = {k: v for k, v in trainer.plans_manager.plans.items() if k != "continue_training"}
-    for name, content in (("plans", plans), ("dataset", trainer.dataset_json)):
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    trainer.save_checkpoint(str(folder / "fold_0" / "checkpoint_final.pth"))
-    return folder
 
 
 @pytest.fixture
@@ -56,9 +33,9 @@ def image(tmp_path: Path, save: Callable[..., None]) -> Path:
 
 
 @pytest.fixture
-def session(model: Path, image: Path) -> ClusteringPropagationSession:
+def session(propagation_model: Path, image: Path) -> ClusteringPropagationSession:
     made = ClusteringPropagationSession(CPU)
-    made.initialize_from_trained_model_folder(model)
+    made.initialize_from_trained_model_folder(propagation_model)
     reader = made.predictor.plans_manager.image_reader_writer_class()
     made.set_image(*reader.read_images([str(image)]))
     return made
@@ -180,14 +157,22 @@ def test_the_next_slice_to_look_at(session: ClusteringPropagationSession) -> Non
 
 
 def test_predict_with_saved_prompts_is_the_session(
-    session: ClusteringPropagationSession, model: Path, image: Path, tmp_path: Path
+    session: ClusteringPropagationSession, propagation_model: Path, image: Path, tmp_path: Path
 ) -> None:
     session.add_point_interaction((6, 12, 14), True, label="dark", run_prediction=False)
     session.add_scribble([(4, 8, 8), (4, 12, 20)], True, label="bright")
     (tmp_path / "prompts").mkdir()
     labels = session.predictor.dataset_json["labels"]
     write_prompts(session.prompts, tmp_path / "prompts" / "new.json", labels)
-    command = ["predict", "-m", str(model), "-i", str(image.parent), "-o", str(tmp_path / "out")]
+    command = [
+        "predict",
+        "-m",
+        str(propagation_model),
+        "-i",
+        str(image.parent),
+        "-o",
+        str(tmp_path / "out"),
+    ]
     prompts = ["--prompts", str(tmp_path / "prompts")]
     assert main([*command, "--disable_tta", *prompts]) == 0
     written = SimpleITK.ReadImage(str(tmp_path / "out" / "new.nii.gz"))

@@ -1,0 +1,64 @@
+"""The page's session with a real model, on files."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+
+from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.data_conversion.prompts import parse_prompts
+from nnmosaic.pipeline.serve.case_session import CaseSession
+
+DIRECTION = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+
+
+@pytest.fixture
+def session(propagation_model: Path) -> CaseSession:
+    return CaseSession(
+        propagation_model, checkpoint="checkpoint_final.pth", device=torch.device("cpu")
+    )
+
+
+def test_a_case_is_opened_corrected_and_saved(
+    session: CaseSession, tmp_path: Path, save: Callable[..., None]
+) -> None:
+    assert session.labels == {"bright": 1, "dark": 2}
+    array = np.random.default_rng(0).normal(100, 20, (9, 22, 25)).astype(np.float32)
+    save(tmp_path / "new_0000.nii.gz", array, direction=DIRECTION)
+    session.open([tmp_path / "new_0000.nii.gz"])
+    automatic = session.label_map().copy()
+    assert automatic.shape == array.shape
+    assert session.suggest_slice() is not None
+    session.add_point((4.0, 10.0, 12.0), "dark", True)
+    session.add_scribble([(6.0, 5.0, 5.0), (6.0, 5.0, 15.0)], "bright", True, 1.0)
+    corrected = session.label_map().copy()
+    assert (corrected != automatic).any()
+    labels = {"background": 0, **session.labels}
+    parsed = parse_prompts(session.prompts(), labels, where="page", folder=tmp_path)
+    assert [type(one).__name__ for one in parsed.interactions] == ["Point", "Scribble"]
+    session.save(tmp_path / "saved.nii.gz")
+    written = SimpleITK.ReadImage(str(tmp_path / "saved.nii.gz"))
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(written), corrected)
+    assert written.GetDirection() == pytest.approx(DIRECTION)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model", "new_0000.nii.gz", "saved.nii.gz"
+    }  # fmt: skip
+    assert session.undo()
+    session.reset()
+    np.testing.assert_array_equal(session.label_map(), automatic)
+
+
+def test_a_broken_image_and_another_kind_of_model(
+    session: CaseSession, tmp_path: Path, propagation_model: Path
+) -> None:
+    (tmp_path / "broken_0000.nii.gz").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"broken_0000\.nii\.gz"):
+        session.open([tmp_path / "broken_0000.nii.gz"])
+    (propagation_model / "plans.json").unlink()
+    with pytest.raises(InputError, match="is no trained model"):
+        CaseSession(
+            propagation_model, checkpoint="checkpoint_final.pth", device=torch.device("cpu")
+        )
