@@ -96,7 +96,7 @@ def listen(port: int) -> socket.socket:
 def run(app: FastAPI, listening: socket.socket) -> None:
     """Answer requests until the process is interrupted."""
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, lifespan="off"
+        app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none"
     )
     with suppress(KeyboardInterrupt):  # Ctrl+C is how it ends
         uvicorn.Server(config).run(sockets=[listening])

@@ -50,6 +50,8 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with the reason why not."""
+        if scope["type"] != "http":
+            return  # no other protocol is spoken here
         headers = Headers(scope=scope)
         try:
             self._check(scope, headers)
@@ -70,8 +72,6 @@ class Guard:
         await self.app(scope, replay, add_headers)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        if scope["type"] != "http":
-            raise RefusedError("Only HTTP is spoken here.", status=400)
         host = headers.get("host", "").rpartition(":")
         if (host[0] or host[2]) not in HOSTS:
             raise RefusedError(

@@ -10,7 +10,7 @@ const browser = await chromium.launch({
   // A machine without a graphics card draws WebGL on the processor; root may not use the sandbox.
   args: ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"],
 });
-const page = await browser.newPage({ viewport: { width: 1360, height: 820 } });
+const page = await browser.newPage({ viewport: { width: 1200, height: 640 } });
 const complaints = [];
 page.on("console", (message) => {
   if (["error", "warning"].includes(message.type())) complaints.push(message.text());

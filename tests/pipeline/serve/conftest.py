@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def direction_of(flips: tuple[int, int, int], *, degrees: float = 14.0) -> tuple
     return tuple((about_z @ about_x @ np.diag(flips)).ravel())
 
 
+@cache
 def phantom() -> np.ndarray:
     """Return a body with three organs, as (z, y, x), float."""
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in SHAPE), indexing="ij")
@@ -45,8 +47,8 @@ def phantom() -> np.ndarray:
     image[((y - 0.16) / 0.09) ** 2 + ((x - 0.08) / 0.07) ** 2 < 1] = 210  # aorta
     image[ellipsoid((0.1, -0.16, -0.42), (0.75, 0.36, 0.36))] = LIVER
     image[ellipsoid((0.2, 0.1, 0.58), (0.5, 0.26, 0.14))] = SPLEEN
-    image[ellipsoid((-0.1, 0.36, 0.36), (0.6, 0.16, 0.12))] = KIDNEY
-    image[ellipsoid((-0.1, 0.36, -0.36), (0.6, 0.16, 0.12))] = KIDNEY
+    image[ellipsoid((-0.1, 0.42, 0.36), (0.6, 0.13, 0.12))] = KIDNEY
+    image[ellipsoid((-0.1, 0.42, -0.36), (0.6, 0.13, 0.12))] = KIDNEY
     noise = ndimage.gaussian_filter(np.random.default_rng(0).standard_normal(SHAPE), (0, 1, 1))
     return (ndimage.gaussian_filter(image, (0, 0.9, 0.9)) + 14 * noise).round()
 
@@ -174,7 +176,9 @@ def make_workspace(tmp_path: Path, save: Callable[..., None]) -> Callable[..., W
             "numTraining": 1,
             "file_ending": ".nii.gz",
         }
-        return Workspace.of(tmp_path / "images", tmp_path / "results", parse_dataset_json(content))
+        return Workspace.of(
+            tmp_path / "images", tmp_path / "corrected", parse_dataset_json(content)
+        )
 
     return make
 

@@ -239,7 +239,7 @@ def test_open_click_undo_save(
 def picture_places(page: Page, folder: Path) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return screen positions of the spine, and of tissue in front of it."""
     x, y = brightest(page, page.picture(folder / "places.png"))
-    return (round(x), round(y)), (round(x) + 20, round(y) - 220)
+    return (round(x), round(y)), (round(x) + 20, round(y) - 150)
 
 
 def test_errors_are_told_and_nothing_is_lost(
@@ -291,6 +291,7 @@ def test_screenshot_for_the_docs(
 ) -> None:
     """Thrown away, unless NNMOSAIC_SCREENSHOT says where it goes (``make screenshot``)."""
     target = Path(os.environ.get("NNMOSAIC_SCREENSHOT") or tmp_path / "serve.png")
+    page.call("setViewportSize", {"width": 1360, "height": 820})
     with served(session, workspace_of_two) as address:
         page.call("goto", address)
         page.open("abdomen_01")
