@@ -15,8 +15,11 @@ from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.pipeline.cli_data import DATA_COMMANDS
 from nnmosaic.pipeline.cli_models import MODEL_COMMANDS
 from nnmosaic.pipeline.cli_plans import PLAN_COMMANDS
+from nnmosaic.pipeline.cli_raters import RATER_COMMANDS
 from nnmosaic.pipeline.cli_serve import SERVE_COMMANDS
 from nnmosaic.pipeline.exit_codes import BAD_INPUT, DONE, FAILED
+
+COMMANDS = (*DATA_COMMANDS, *PLAN_COMMANDS, *MODEL_COMMANDS, *RATER_COMMANDS, *SERVE_COMMANDS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"nnmosaic {version('nnmosaic')}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
-    for add in (*DATA_COMMANDS, *PLAN_COMMANDS, *MODEL_COMMANDS, *SERVE_COMMANDS):
+    for add in COMMANDS:
         add(commands)
     return parser
 

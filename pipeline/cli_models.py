@@ -257,24 +257,6 @@ def _do_evaluate(options: argparse.Namespace) -> None:
     )
 
 
-def add_evaluate_raters(commands: Any) -> None:
-    """Add ``evaluate_raters``."""
-    text = "Dice per rater, and how well masks or samples match a set of raters"
-    parser = add_command(commands, "evaluate_raters", text, _do_evaluate_raters)
-    parser.add_argument("gt_folder", type=Path, help="a folder per rater, such as labelsTr_raters")
-    parser.add_argument("pred_folder", type=Path, help="what predict wrote")
-    parser.add_argument("-djfile", type=Path, required=True, metavar="FILE", help="dataset.json")
-    parser.add_argument(
-        "-o", type=Path, metavar="FILE", help="default: pred_folder/summary_raters.json"
-    )
-
-
-def _do_evaluate_raters(options: argparse.Namespace) -> None:
-    from nnmosaic.pipeline.evaluate_raters import evaluate_raters
-
-    print(evaluate_raters(options.gt_folder, options.pred_folder, options.djfile, output=options.o))
-
-
 def add_find_best(commands: Any) -> None:
     """Add ``find_best``."""
     parser = add_command(
@@ -386,7 +368,6 @@ MODEL_COMMANDS = (
     add_ensemble,
     add_context_dice,
     add_evaluate,
-    add_evaluate_raters,
     add_find_best,
     add_run,
     add_trainer_path,

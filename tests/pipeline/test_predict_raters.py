@@ -23,28 +23,6 @@ def train(trainer: str, steps: str, *more: str) -> int:
     return main(["train", "8", "3d_fullres", "0", "-tr", trainer, "--seed", "0", *length, *more])
 
 
-@pytest.fixture(scope="session")
-def rater_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache") / "raters"
-
-
-@pytest.fixture
-def both_stages(prepared: Path, rater_cache: Path) -> Path:
-    """Return a workspace with both stages of fold 0, and two images to predict."""
-    if not rater_cache.is_dir():
-        assert train(FIRST, "40") == 0
-        assert train(SECOND, "10") == 0
-        for number in ("00", "03"):
-            source = prepared / "nnUNet_raw" / "Dataset008_Raters" / "imagesTr"
-            (prepared / "images").mkdir(exist_ok=True)
-            name = f"case{number}_0000.nii.gz"
-            shutil.copy(source / name, prepared / "images" / name)
-        for folder in ("images", "nnUNet_results"):
-            shutil.copytree(prepared / folder, rater_cache / folder)
-    shutil.copytree(rater_cache, prepared, dirs_exist_ok=True)
-    return prepared
-
-
 def predict(workspace: Path, output: str, *more: str, trainer: str = SECOND) -> int:
     folders = ["-i", str(workspace / "images"), "-o", str(workspace / output)]
     return main([*PREDICT, *folders, "-tr", trainer, *more])

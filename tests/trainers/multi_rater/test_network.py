@@ -1,5 +1,6 @@
 """The network with a latent opinion (spec 7.8, invariants 1, 2, 9 and 10)."""
 
+import copy
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from nnmosaic.trainers.multi_rater.loss import posterior_input
 from nnmosaic.trainers.multi_rater.network import Combiner, Diversified, MultiRaterNet, attend
+from nnmosaic.trainers.multi_rater.new_rater import with_head
 
 CLASSES, RATERS, LATENT = 3, 4, 6
 SIZES = {2: (16, 24), 3: (8, 16, 16)}
@@ -134,6 +136,19 @@ def test_the_split_layer_is_the_concatenation(conv_op: type[nn.Module]) -> None:
         )
         torch.testing.assert_close(combiner(features, codes), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(combiner(features, codes[1]), expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_posterior_does_not_look_at_an_added_rater(network: MultiRaterNet, image: Tensor) -> None:
+    labels = torch.randint(0, CLASSES, (2, RATERS + 1, *image.shape[2:]))
+    available = torch.ones(2, RATERS + 1, dtype=torch.bool)
+    weights = with_head(network.state_dict(), network.heads[1], raters=RATERS, classes=CLASSES)
+    wider = copy.deepcopy(network.posterior)
+    layer = wider.features[0]
+    layer.weight = nn.Parameter(weights["posterior.features.0.weight"])
+    with torch.no_grad():
+        with_new = wider(posterior_input(image, labels, available, CLASSES))
+        seen = posterior_input(image, labels[:, :RATERS], available[:, :RATERS], CLASSES)
+        torch.testing.assert_close(with_new.mean, network.posterior(seen).mean)
 
 
 def test_first_stage(network: MultiRaterNet, image: Tensor) -> None:
