@@ -3,7 +3,13 @@ from typing import Any
 import pytest
 
 from nnmosaic.data_conversion.errors import InputError
-from nnmosaic.planners.plans_section import PlansSection, RunSettings, read_section, write_section
+from nnmosaic.planners.plans_section import (
+    ClusteringPlan,
+    PlansSection,
+    RunSettings,
+    read_section,
+    write_section,
+)
 
 
 def test_a_section_is_read_as_it_was_written() -> None:
@@ -12,6 +18,16 @@ def test_a_section_is_read_as_it_was_written() -> None:
     write_section(plans, section)
     assert read_section(plans) == section
     assert plans["nnmosaic"]["run_settings"] == {"epochs": 3, "optimizer": "adamw"}
+
+
+def test_what_a_network_is_built_from_is_only_in_plans_that_have_it() -> None:
+    plans: dict[str, Any] = {}
+    write_section(plans, PlansSection())
+    assert not {"multirater", "clustering"} & set(plans["nnmosaic"])
+    assert read_section(plans).clustering is None
+    section = PlansSection(clustering=ClusteringPlan("last", regions=True))
+    write_section(plans, section)
+    assert read_section(plans) == section
 
 
 def test_plans_of_nnunet_have_an_empty_section() -> None:

@@ -113,6 +113,12 @@ class SliceView(NamedTuple):
             ]  # fmt: skip
         return (*holding, *(number + r for r in wrong))
 
+    def slots_at(self, pixel: tuple[int, int]) -> tuple[int, ...]:
+        """Return the prompts that a click on a pixel is."""
+        inside = np.zeros(self.annotated.shape, bool)
+        inside[pixel] = True
+        return self.slots(inside)
+
 
 # -------------------------------------------------------------------- where to point at
 
@@ -172,15 +178,7 @@ def shake(pixel: tuple[int, int], part: Mask, allowed: Mask, generator: Generato
 
 def _point(part: Mask, view: SliceView, generator: Generator) -> list[Interaction]:
     pixel = draw_pixel(part, generator)
-    return [_click(pixel, part, view, generator)]
-
-
-def _click(
-    pixel: tuple[int, int], part: Mask, view: SliceView, generator: Generator
-) -> Interaction:
-    inside = np.zeros(part.shape, bool)
-    inside[pixel] = True
-    return Interaction(shake(pixel, part, view.annotated, generator), view.slots(inside))
+    return [Interaction(shake(pixel, part, view.annotated, generator), view.slots_at(pixel))]
 
 
 def _scribble(part: Mask, view: SliceView, generator: Generator) -> list[Interaction]:
@@ -249,11 +247,9 @@ def click_per_class(view: SliceView, generator: Generator) -> list[Interaction]:
     """Draw a click on each class of a slice, without error."""
     found = []
     for k in view.objects:
-        pixel = draw_pixel(largest_component(view.masks[k]), generator)
-        inside = np.zeros(view.annotated.shape, bool)
-        inside[pixel] = True
-        place = np.asarray(pixel, float)
-        found.append(Interaction(Pixels(place[:1], place[1:], np.ones(1)), view.slots(inside)))
+        row, column = draw_pixel(largest_component(view.masks[k]), generator)
+        pixels = Pixels(np.array([float(row)]), np.array([float(column)]), np.ones(1))
+        found.append(Interaction(pixels, view.slots_at((row, column))))
     return found
 
 

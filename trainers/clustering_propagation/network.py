@@ -187,7 +187,11 @@ class ClusteringPropagationNet(nn.Module):
             Not negative. Slots: with plain labels the classes, a negative click being one of the
             background; with regions inside each region, then outside of each.
         """
-        return PromptCentres(pool(features.inputs, weights), (weights > 0).flatten(2).any(2))
+        given = (weights > 0).flatten(2).any(2)
+        if not given.any():
+            width = self.head.queries.shape[1]
+            return PromptCentres(weights.new_zeros(*given.shape, width), given)
+        return PromptCentres(pool(features.inputs, weights), given)
 
     def decode(self, features: SliceFeatures, centres: Tensor) -> SliceResult:
         """Cluster B slices around centres (B, N, D) (1.3, 1.4)."""
@@ -287,14 +291,12 @@ class ClusteringPropagationNet(nn.Module):
             before = torch.where(turned, clip.start, order[:, max(step - 1, 0)])
             state = after_start.where(turned, state)
             prompts = self.pool_prompts(current, clip.prompts[lanes, here])
-            base = None
-            if step == 0 and clip.base is not None and clip.corrected is not None:
-                fresh = self.initial_centres(state)
-                base = torch.where(clip.corrected[:, None, None], clip.base, fresh)
+            base = self._base(clip, state) if step == 0 else None
             result = self.decode(current, self.initial_centres(state, prompts, base=base))
             gate = self.found_classes(result) if clip.gate is None else clip.gate[lanes, here]
             distance = (clip.positions[lanes, here] - clip.positions[lanes, before]).abs()
-            state = self.update_state(state, result, distance, self._or_prompted(gate, prompts))
+            gate = gate | prompts.given[:, : self.layout.classes]  # the user points at these
+            state = self.update_state(state, result, distance, gate)
             after_start = state if step == 0 else after_start
             found.append(result)
         back = order.argsort(1)
@@ -308,6 +310,8 @@ class ClusteringPropagationNet(nn.Module):
             clip,
         )
 
-    def _or_prompted(self, gate: Tensor, prompts: PromptCentres) -> Tensor:
-        """Return the classes of a gate, and those that the user points at."""
-        return gate | prompts.given[:, : self.layout.classes]
+    def _base(self, clip: Clip, state: State) -> Tensor | None:
+        """Return what the prompts of the start slices correct."""
+        if clip.base is None or clip.corrected is None:
+            return None
+        return torch.where(clip.corrected[:, None, None], clip.base, self.initial_centres(state))

@@ -112,6 +112,11 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
         unet = nnUNetTrainerMosaic.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, False
         )
+        if not hasattr(getattr(unet, "decoder", None), "transpconvs"):
+            raise InputError(
+                f"{configuration_manager.network_arch_class_name} is no U-Net, whose decoder this "
+                "trainer needs. Plan with another planner."
+            )
         plan = read_section(plans_manager.plans).clustering or ClusteringPlan()
         return ClusteringPropagationNet(
             unet, classes=num_output_channels, regions=plan.regions, memory=plan.memory

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nnmosaic.trainers.clustering_propagation.readout import highest
 
@@ -31,20 +30,21 @@ class Truth(NamedTuple):
         if regions:
             ignored = target[..., classes:, :, :].any(-3, keepdim=True)
             return cls(target[..., :classes, :, :].bool() & ~ignored, ~ignored)
-        labels = target[..., 0, :, :].long()
-        annotated = torch.ones_like(labels, dtype=torch.bool)
-        if ignore_label is not None:
-            annotated = labels != ignore_label
-        masks = functional.one_hot(labels * annotated, classes).movedim(-1, -3).bool()
-        return cls(masks & annotated.unsqueeze(-3), annotated.unsqueeze(-3))
+        if ignore_label is None:
+            return cls(_one_hot(target, classes), torch.ones_like(target, dtype=torch.bool))
+        return cls(_one_hot(target, classes), target != ignore_label)
 
 
 def masks_of(logits: Tensor, *, regions: bool) -> Tensor:
     """Return predicted masks (..., K, H, W), bool, for logits of this shape."""
     if regions:
         return logits > 0
-    labels = highest(logits, -3)
-    return functional.one_hot(labels, logits.shape[-3]).movedim(-1, -3).bool()
+    return _one_hot(highest(logits, -3).unsqueeze(-3), logits.shape[-3])
+
+
+def _one_hot(labels: Tensor, classes: int) -> Tensor:
+    """Return masks (..., K, H, W) of labels (..., 1, H, W); a higher label is in none."""
+    return labels == torch.arange(classes, device=labels.device)[:, None, None]
 
 
 def pixel_counts(logits: Tensor, truth: Truth, *, regions: bool) -> dict[str, Tensor]:

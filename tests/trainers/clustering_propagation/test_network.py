@@ -387,11 +387,19 @@ def test_earlier_rounds_carry_no_gradient(images: Tensor) -> None:
     torch.testing.assert_close(result.logits[1, 0], first)
 
 
-@torch.no_grad()
-def test_it_stays_finite_in_half_precision(images: Tensor) -> None:
-    network = make()
+def test_it_stays_finite_in_half_precision(memory: str, images: Tensor) -> None:
+    network = make(memory=memory).train()
+    clip = automatic(images, CLASSES)
+    clip.prompts[0, 1, 1, 4, 4] = 1
+
+    def correct(result: Any) -> Clip:
+        chosen = torch.tensor([True, False])
+        return result.clip._replace(base=result.centres[:, 0], corrected=chosen)
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = network(1e3 * images)
+        result = network(1e3 * images, clip, [correct])
+        result.logits.mean().backward()
     assert result.logits.isfinite().all()
     assert result.centres.isfinite().all()
     assert result.centres.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)

@@ -66,6 +66,28 @@ def test_only_slices_are_accepted_and_before_data_are_read(
         trainer.on_train_start()
 
 
+def test_a_network_without_a_unets_decoder_is_refused(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = staticmethod(lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(nnUNetTrainerMosaic, "build_network_architecture", build)
+    with pytest.raises(InputError, match=r"PlainConvUNet is no U-Net"):
+        make().initialize()
+
+
+def test_only_the_encoder_is_compiled(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make()
+    plain.initialize()
+    monkeypatch.setattr(nnUNetTrainerMosaic, "_do_i_compile", lambda _: True)
+    trainer = make()
+    trainer.initialize()
+    assert trainer.network.encoder._compiled_call_impl is not None
+    assert trainer.network.decoder._compiled_call_impl is None
+    assert list(trainer.network.state_dict()) == list(plain.network.state_dict())
+
+
 def test_the_model_keeps_what_the_network_is_built_from(make: Callable[..., Any]) -> None:
     trainer = make(options={"memory": "window"})
     trainer.on_train_start()
@@ -85,6 +107,14 @@ def test_a_batch_holds_about_as_many_slices_as_planned(make: Callable[..., Any])
         trainer.initialize()
         sizes[slices, batch_size] = trainer.batch_size
     assert sizes == {(4, 2): 2, (4, 13): 3, (2, 13): 6, (1, 5): 5}
+
+
+def test_single_slices_make_the_shortest_clips(make: Callable[..., Any]) -> None:
+    for depth, slices in ((1, 2), (3, 3), (40, 4)):
+        trainer = make()
+        trainer.plans_manager.plans["original_median_shape_after_transp"] = [depth, 20, 20]
+        trainer.initialize()
+        assert trainer.slices == slices
 
 
 def test_rates_and_decay_follow_the_role_of_a_weight(make: Callable[..., Any]) -> None:
