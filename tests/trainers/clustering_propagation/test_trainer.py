@@ -14,7 +14,7 @@ from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.planners.plans_section import ClusteringPlan, RunSettings, read_section
 from nnmosaic.trainers.base import nnUNetTrainerMosaic
 from nnmosaic.trainers.clustering_propagation.trainer import nnUNetTrainerClusteringPropagation
-from nnmosaic.trainers.predictor import load_predictor
+from nnmosaic.trainers.predictor import MosaicPredictor, load_predictor
 
 Trainer = nnUNetTrainerClusteringPropagation
 TERMS = {"loss", "segmentation", "layers", "plain", "presence", "user"}
@@ -302,10 +302,12 @@ def test_a_training_ends_resumes_and_predicts_as_nnunet_does(
         step_size=0.5, mirroring=False,
     )  # fmt: skip
     predictor.network.load_state_dict(predictor.list_of_parameters[0])
-    patch = trainer.configuration_manager.patch_size
-    volume = torch.randn(1, 3, *patch)
+    volume = torch.randn(1, 3, *trainer.configuration_manager.patch_size)
+    nnunets = MosaicPredictor.predict_sliding_window_return_logits(predictor, volume)
+    predictor.sweep = "none"  # a slice fits into the patch
     found = predictor.predict_sliding_window_return_logits(volume)
+    torch.testing.assert_close(found, nnunets, atol=2e-2, rtol=1e-2)
     network = trainer.network.eval()
-    with torch.no_grad():  # the slice fits the patch: memoryless decoding of whole slices
+    with torch.no_grad():
         expected = network(volume.movedim(1, 0)).movedim(0, 1)
     torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=1e-2)
