@@ -43,14 +43,14 @@ class Row:
 
     Attributes
     ----------
-    steps : float
-        Steps in those of ours; a plain step is cheaper, so that equal time means more of them.
+    equal_time : bool
+        Whether it makes as many more steps as its steps are cheaper.
     """
 
     trainer: str = OURS
     configuration: str = "2d"
     options: Mapping[str, str] = field(default_factory=dict)
-    steps: float = 1.0
+    equal_time: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,28 +59,32 @@ class Setting:
 
     Attributes
     ----------
-    epochs : int
-        Of 40 steps.
+    epochs, batch_size : int
+        Epochs of 40 steps, of so many slices in 2D.
+    plain_steps : float
+        Plain 2D steps in the time of one of ours.
     """
 
     title: str
     dataset: str
     epochs: int
+    batch_size: int
+    plain_steps: float
 
 
 ROWS: Mapping[str, Row] = {
     "ours": Row(),
     "plain 2D nnU-Net, equal steps": Row(PLAIN),
-    "plain 2D nnU-Net, equal time": Row(PLAIN, steps=2.0),
-    "plain 3D nnU-Net": Row(PLAIN, "3d_fullres", steps=2.0),
+    "plain 2D nnU-Net, equal time": Row(PLAIN, equal_time=True),
+    "plain 3D nnU-Net": Row(PLAIN, "3d_fullres", equal_time=True),
     "ours, last centre": Row(options={"memory": "last"}),
     "ours, window of centres": Row(options={"memory": "window"}),
     "ours, automatic only": Row(options={"interactive_fraction": "0"}),
 }
 SETTINGS: Mapping[str, Setting] = {
-    "hippocampus": Setting("Hippocampus", "Dataset611_Full", 15),
-    "chaos_t2": Setting("CHAOS T2", "Dataset621_ChaosT2", 15),
-    "chaos_t1": Setting("CHAOS T1 in phase", "Dataset622_ChaosT1", 15),
+    "hippocampus": Setting("Hippocampus", "Dataset611_Full", 15, 24, 3.0),
+    "chaos_t2": Setting("CHAOS T2", "Dataset621_ChaosT2", 8, 8, 2.0),
+    "chaos_t1": Setting("CHAOS T1 in phase", "Dataset622_ChaosT1", 8, 8, 2.0),
 }
 CHAOS = {"chaos_t2": "chaos_mr_t2spir", "chaos_t1": "chaos_mr_t1dual"}
 STEPS_PER_EPOCH = 40
@@ -120,16 +124,18 @@ def one_run(work: Path, name: str, row_name: str, seed: int) -> dict[str, Any]:
     start = time.perf_counter()
     setting, row = SETTINGS[name], ROWS[row_name]
     test = test_folder(work, setting)
-    training = Training(
-        setting.dataset, row.configuration, row.trainer,
-        {"epochs": round(setting.epochs * row.steps), "iterations_per_epoch": STEPS_PER_EPOCH},
-        test, row.options,
-    )  # fmt: skip
+    factor = setting.plain_steps if row.equal_time else 1
+    budget = {
+        "epochs": round(setting.epochs * factor), "iterations_per_epoch": STEPS_PER_EPOCH
+    }  # fmt: skip
+    if row.configuration == "2d":
+        budget["batch_size"] = setting.batch_size
+    training = Training(setting.dataset, row.configuration, row.trainer, budget, test, row.options)
     output = work / "runs" / file_name(name, row_name, seed).removesuffix(".json")
     predictions = train_and_predict(training, seed, output)
     result = {
         "setting": name, "row": row_name, "seed": seed, "trainer": row.trainer,
-        "options": dict(row.options), "epochs": training.budget["epochs"],
+        "options": dict(row.options), "budget": budget,
         "dice_tp_fn": scores(predictions, test),
     }  # fmt: skip
     if row.trainer == OURS:

@@ -33,7 +33,7 @@ class Training:
     trainer, options
         How.
     budget : mapping
-        "epochs" and "iterations_per_epoch".
+        "epochs", "iterations_per_epoch" and perhaps "batch_size".
     test : Path
         Folder with imagesTs, labelsTs and dataset.json.
     """
@@ -124,6 +124,7 @@ def train_and_predict(
         epochs=training.budget["epochs"],
         iterations_per_epoch=training.budget["iterations_per_epoch"],
         val_iterations_per_epoch=1,
+        batch_size=training.budget.get("batch_size"),
         seed=seed,
         options=dict(training.options) or None,
     )
