@@ -57,8 +57,8 @@ class RaterPredictor:
 
     def __init__(self, predictor: Any, wanted: WantedMasks) -> None:
         self.predictor = predictor
+        self.wanted = wanted.of(predictor.plans_manager.plans, predictor.trainer_name)
         self.plan = rater_plan(predictor.plans_manager.plans)
-        self.wanted = wanted.of(self.plan, predictor.trainer_name)
         self.network: MultiRaterNet = plain_network(predictor.network)
         self.latents: dict[str, Any] = {}
 

@@ -1,9 +1,11 @@
 """Which masks are predicted of a case that several raters may see differently. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nnmosaic.data_conversion.errors import InputError
-from nnmosaic.planners.plans_section import RaterPlan
+from nnmosaic.planners.plans_section import rater_plan
 from nnmosaic.trainers import FIRST_STAGE, RATER_TRAINERS
 
 RATERS, SAMPLES, LATENTS = "raters", "samples", "latents"
@@ -41,7 +43,7 @@ class WantedMasks:
         if not (self.raters or self.samples):
             raise InputError("Nothing is asked for: give raters, or a number of samples.")
 
-    def of(self, plan: RaterPlan, trainer: str) -> "WantedMasks":
+    def of(self, plans: Mapping[str, Any], trainer: str) -> "WantedMasks":
         """Return the same for a model, with the names of the raters.
 
         Raises
@@ -59,6 +61,7 @@ class WantedMasks:
                 f"{trainer} has not learnt the masks of single raters: predict --samples, or train "
                 f"{' or '.join(FIRST_STAGE)}."
             )
+        plan = rater_plan(plans)
         raters = plan.raters if self.raters == (ALL,) else self.raters
         unknown = [name for name in raters if name not in plan.raters]
         if unknown:

@@ -1,0 +1,127 @@
+"""predict with a model of clustering propagation: sweeps, prompts, and what is wrong with them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK
+
+from nnmosaic.pipeline.cli import main
+
+POINT = {"type": "point", "label": "dark", "coord": [12, 10, 4]}
+
+
+@pytest.fixture
+def folder(propagation_model: Path, tmp_path: Path, save: Callable[..., None]) -> Path:
+    """Return a folder with a model, two images and an empty folder for prompts."""
+    for seed, name in enumerate(("a", "b")):
+        array = np.random.default_rng(seed).normal(100, 20, (9, 22, 25)).astype(np.float32)
+        save(tmp_path / "images" / f"{name}_0000.nii.gz", array)
+    (tmp_path / "prompts").mkdir()
+    return tmp_path
+
+
+def write(folder: Path, *interactions: Any, name: str = "a.json", **changes: Any) -> None:
+    content = {"version": 1, "space": "voxel", "order": "xyz", "interactions": list(interactions)}
+    (folder / "prompts" / name).write_text(json.dumps({**content, **changes}))
+
+
+def predict(folder: Path, output: str, *more: str) -> int:
+    folders = ["-i", str(folder / "images"), "-o", str(folder / output)]
+    return main(["predict", "-m", str(folder / "model"), *folders, "--disable_tta", *more])
+
+
+def label_map(folder: Path, output: str, case: str) -> np.ndarray:
+    path = folder / output / f"{case}.nii.gz"
+    return np.asarray(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))))
+
+
+def test_prompts_change_their_case_only(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert predict(folder, "automatic") == 0
+    prompts = ["--prompts", str(folder / "prompts")]
+    assert predict(folder, "none", *prompts) == 0  # nothing was marked
+    write(folder)  # nor in this file
+    assert predict(folder, "empty", *prompts) == 0
+    write(folder, POINT)
+    write(folder, POINT, name="gone.json")
+    assert predict(folder, "marked", *prompts) == 0
+    assert "no image belongs to gone.json" in caplog.text
+    for case in ("a", "b"):
+        automatic = label_map(folder, "automatic", case)
+        for output in ("none", "empty"):
+            np.testing.assert_array_equal(label_map(folder, output, case), automatic)
+        marked = label_map(folder, "marked", case)
+        assert (marked != automatic).any() == (case == "a")
+    assert label_map(folder, "marked", "a")[4, 10, 12] == 2
+
+
+def test_a_changed_prompt_is_predicted_again(folder: Path) -> None:
+    prompts = ["--prompts", str(folder / "prompts"), "--continue_prediction"]
+    write(folder, POINT)
+    assert predict(folder, "out", *prompts) == 0
+    first = label_map(folder, "out", "a")
+    written = (folder / "out" / "a.nii.gz").stat().st_mtime_ns
+    assert predict(folder, "out", *prompts) == 0
+    assert (folder / "out" / "a.nii.gz").stat().st_mtime_ns == written
+    write(folder, {**POINT, "label": "bright"})
+    assert predict(folder, "out", *prompts) == 0
+    assert (label_map(folder, "out", "a") != first).any()
+
+
+def test_sweeps_differ(folder: Path) -> None:
+    sweeps = ("both", "up", "none")
+    for sweep in sweeps:
+        assert predict(folder, sweep, "--sweep", sweep) == 0
+    both, up, none = (label_map(folder, sweep, "a") for sweep in sweeps)
+    assert (both != none).any()
+    assert (both != up).any()
+    assert predict(folder, "default") == 0
+    np.testing.assert_array_equal(label_map(folder, "default", "a"), both)
+
+
+def test_a_prompt_outside_of_its_image_fails_this_case_only(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder, {**POINT, "coord": [12, 10, 40]})
+    assert predict(folder, "out", "--prompts", str(folder / "prompts")) == 3
+    failures = json.loads((folder / "out" / "failures.json").read_text())
+    assert "prompts of a: interactions[0] (point): the position [12.0, 10.0, 40.0]" in failures["a"]
+    assert (folder / "out" / "b.nii.gz").is_file()
+    assert not (folder / "out" / "a.nii.gz").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"version": 1,', "a.json"),
+        ({"label": "liver"}, "unknown label 'liver'. The labels are background (0), bright (1)"),
+        ({"coord": [1, 2, "3"]}, "'3' is not a finite number"),
+        ({"type": "lasso"}, '"type" must be point or scribble or box or mask'),
+    ],
+)
+def test_a_bad_file_stops_before_anything_is_written(
+    folder: Path, content: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if isinstance(content, str):
+        (folder / "prompts" / "a.json").write_text(content)
+    else:
+        write(folder, {**POINT, **content})
+    assert predict(folder, "out", "--prompts", str(folder / "prompts")) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert "a.json" in told
+    assert not (folder / "out").exists()
+
+
+def test_flags_that_do_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = ["--prompts", str(folder / "prompts")]
+    assert predict(folder, "out", "--sweep", "up", *prompts) == 2
+    assert "--sweep up takes no prompts" in capsys.readouterr().err
+    assert predict(folder, "out", "--prompts", str(folder / "nowhere")) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
+    assert predict(folder, "out", "--samples", "2") == 2
+    assert "knows no raters" in capsys.readouterr().err
+    assert not (folder / "out").exists()
