@@ -20,8 +20,9 @@ from nnmosaic.trainers.clustering_propagation.network import ClusteringPropagati
 BLOCK = 8
 """Slices that go through the U-Net together. Blocks begin at multiples of it, so that the features
 of a slice are the same whichever slice was asked for."""
-MOST_BYTES = 2**30
-"""Of features that are kept; a longer volume works some out again for the second sweep."""
+MOST_BYTES = 2**28
+"""Of features that are kept; a longer volume works them out again for the second sweep. So memory
+does not grow with the volume."""
 
 
 def mirrored_copies(axes: Sequence[int]) -> list[tuple[int, ...]]:
