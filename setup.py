@@ -32,7 +32,7 @@ setup(
     install_requires=["nnunetv2>=2.8.1,<2.9", "filelock>=3.12", "rich>=13"],
     extras_require={
         "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
-        "dev": ["httpx2>=2", "mypy>=1.11", "pytest>=8", "ruff>=0.12"],
+        "dev": ["httpx2>=2", "mypy>=1.11", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12"],
     },
     entry_points={"console_scripts": ["nnmosaic = nnmosaic.pipeline.cli:main"]},
 )
