@@ -27,6 +27,7 @@ from nnmosaic.trainers.clustering_propagation.features import (
 )
 from nnmosaic.trainers.clustering_propagation.memory import MEMORIES, State
 from nnmosaic.trainers.clustering_propagation.readout import CentreLayout
+from nnmosaic.trainers.decoder_stages import decoder_stages
 
 LAYERS_PER_LEVEL = 2
 PROMPT_STRENGTH = 2.0
@@ -139,15 +140,7 @@ class ClusteringPropagationNet(nn.Module):
         return features
 
     def _stages(self, x: Tensor) -> list[Tensor]:
-        """Return the outputs of the decoder's stages, coarse to fine."""
-        skips = self.encoder(x)
-        found = []
-        below = skips[-1]
-        for s, stage in enumerate(self.decoder.stages):
-            up = self.decoder.transpconvs[s](below)
-            below = stage(torch.cat((up, skips[-(s + 2)]), 1))
-            found.append(below)
-        return found
+        return decoder_stages(self.encoder, self.decoder, x)
 
     def initial_state(self, batch: int) -> State:
         """Return an empty memory for so many volumes."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nnmosaic.trainers.decoder_stages import decoder_stages
+
 NARROWEST = 8
 """Channels of the new parts at least: a combiner of fewer may begin with no unit alive."""
 LEVELS = 5
@@ -280,13 +282,7 @@ class MultiRaterNet(nn.Module):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Return the features of the decoder, full resolution first; all with deep supervision."""
-        skips = self.encoder(x)
-        found = []
-        below = skips[-1]
-        for s, stage in enumerate(self.decoder.stages):
-            up = self.decoder.transpconvs[s](below)
-            below = stage(torch.cat((up, skips[-(s + 2)]), 1))
-            found.append(below)
+        found = decoder_stages(self.encoder, self.decoder, x)
         return found[::-1] if self.decoder.deep_supervision else found[-1:]
 
     def logits(self, features: Sequence[Tensor], codes: Tensor) -> Tensor | list[Tensor]:
