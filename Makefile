@@ -22,7 +22,7 @@ type: install
 	MYPYPATH=.typecheck $(BIN)/mypy --explicit-package-bases $(PACKAGES:%=-p nnmosaic.%)
 
 test: install
-	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
 
 test-all: lint type test
 

@@ -25,7 +25,8 @@ def choose_device(name: str | None) -> torch.device:
     if name == "mps" and not torch.backends.mps.is_available():
         raise InputError("--device mps: torch finds no Apple GPU here. Use --device cpu.")
     cores = os.cpu_count() or 1
-    torch.set_num_threads(cores if name == "cpu" else 1)
+    if "OMP_NUM_THREADS" not in os.environ:  # else torch has as many as the user wants
+        torch.set_num_threads(cores if name == "cpu" else 1)
     if name == "cpu" and cores <= FEW_CORES:
         os.environ.setdefault("nnUNet_n_proc_DA", "0")
     return torch.device(name)
