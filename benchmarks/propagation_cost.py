@@ -84,8 +84,8 @@ def clicks(features: int) -> dict[str, float]:
     return {"automatic": automatic, "first": median(first), "between": median(between)}
 
 
-def working_memory(features: int, slices: int) -> float:
-    """Return GB that a prediction takes beside image and logits."""
+def working_memory(slices: int) -> float:
+    """Return GB that a prediction takes beside image and logits, with the CPU plan."""
     import torch
 
     from nnmosaic.trainers.clustering_propagation.predictor import PropagationPredictor
@@ -94,7 +94,7 @@ def working_memory(features: int, slices: int) -> float:
         use_mirroring=False, perform_everything_on_device=False, device=torch.device("cpu"),
         allow_tqdm=False,
     )  # fmt: skip
-    predictor.network = _network(features)
+    predictor.network = _network(min(FEATURES.values()))
     predictor.allowed_mirroring_axes = None
     predictor.configuration_manager = argparse.Namespace(patch_size=SHAPE[1:])
     image = torch.randn(1, slices, *SHAPE[1:])
@@ -112,29 +112,23 @@ def _peak_gigabytes() -> float:
 def main() -> None:
     """Measure, write the tables and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--memory", nargs=2, type=int, metavar=("FEATURES", "SLICES"))
+    parser.add_argument("--memory", type=int, metavar="SLICES")
     options = parser.parse_args()
     if options.memory:
-        print(json.dumps(working_memory(*options.memory)))
+        print(json.dumps(working_memory(options.memory)))
         return
     found: dict[str, Any] = {}
-    seconds, memory = [], []
+    seconds = []
     for name, features in FEATURES.items():
-        took = clicks(features)
+        took = found[name] = clicks(features)
         seconds.append([name, *(f"{took[kind]:.2f}" for kind in took)])
-        gigabytes = []
-        for slices in SLICES:
-            command = [sys.executable, "-m", "benchmarks.propagation_cost", "--memory"]
-            run = subprocess.run(
-                [*command, str(features), str(slices)],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-            gigabytes.append(json.loads(run.stdout.splitlines()[-1]))
-        ratio = gigabytes[1] / gigabytes[0]
-        memory.append([name, *(f"{value:.2f}" for value in gigabytes), f"{ratio:.2f}"])
-        found[name] = {"seconds": took, "gigabytes": dict(zip(SLICES, gigabytes, strict=True))}
+    gigabytes = []
+    for slices in SLICES:
+        command = [sys.executable, "-m", "benchmarks.propagation_cost", "--memory", str(slices)]
+        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        gigabytes.append(json.loads(run.stdout.splitlines()[-1]))
+    memory = [*(f"{value:.2f}" for value in gigabytes), f"{gigabytes[1] / gigabytes[0]:.2f}"]
+    found["gigabytes"] = dict(zip(SLICES, gigabytes, strict=True))
     source = provenance()
     size = " x ".join(map(str, (*SHAPE[1:], SHAPE[0])))
     text = (
@@ -143,8 +137,8 @@ def main() -> None:
         f"is the median of {REPEATS}, with cached features, until its logits are there; the first "
         "one may change all slices, the other one lies between anchors on slices 4 and 28.\n\n"
         + table(["network", "automatic", "first click", "click between anchors"], seconds)
-        + "\n\n## Memory of a prediction beside image and logits, GB\n\n"
-        + table(["network", *(f"{n} slices" for n in SLICES), "ratio"], memory)
+        + "\n\n## Memory of a prediction beside image and logits, GB, CPU plan\n\n"
+        + table([*(f"{n} slices" for n in SLICES), "ratio"], [memory])
         + f"\n\n{footer(source)}\n"
     )
     write("propagation_cost", {**source, "measured": found}, text)
