@@ -39,6 +39,9 @@ def _network(features: int) -> Any:
     )  # fmt: skip
     unet.encoder.strides = [[stride, stride] for stride in (1, 2, 2, 2, 2, 2, 2)]
     network = ClusteringPropagationNet(unet, classes=CLASSES, regions=False, memory="gru").eval()
+    for parameter in network.head.parameters():  # so that a click changes other slices, too
+        if not parameter.detach().any():
+            nn.init.normal_(parameter, std=0.3)
     nn.init.constant_(network.head.presence[-1].bias, 2.0)
     return network
 
