@@ -34,13 +34,9 @@ class CaseSession:
     def __init__(self, model: Path, *, checkpoint: str, device: torch.device) -> None:
         self._session = ClusteringPropagationSession(device)
         self._session.initialize_from_trained_model_folder(model, checkpoint_name=checkpoint)
-        predictor = self._session.predictor
-        self._dataset = parse_dataset_json(predictor.dataset_json, where=str(model))
-        names = [name for name, label in self._session.labels.items() if label != 0]
-        values = predictor.label_manager.foreground_labels
-        if predictor.label_manager.has_regions:
-            values = predictor.label_manager.regions_class_order
-        self.labels: dict[str, int] = dict(zip(names, map(int, values), strict=True))
+        content = self._session.predictor.dataset_json
+        self._dataset = parse_dataset_json(content, where=str(model))
+        self.labels = self._session.shown_labels
         """Class or region -> its value in the label map."""
 
     @property

@@ -99,6 +99,16 @@ class ClusteringPropagationSession:
         }  # fmt: skip
         """Names of what can be marked, with the background, and their integers."""
 
+    @property
+    def shown_labels(self) -> dict[str, int]:
+        """Names of all but the background -> value in the label map, in the order of the logits."""
+        manager = self.predictor.label_manager
+        names = [name for name, label in self.labels.items() if label != 0]
+        if manager.has_regions:
+            return dict(zip(names, map(int, manager.regions_class_order), strict=True))
+        integers = [(v, name) for name, v in self.labels.items() if isinstance(v, int) and v]
+        return {name: value for value, name in sorted(integers)}
+
     def set_image(self, image: np.ndarray, image_properties: Mapping[str, Any]) -> None:
         """Preprocess an image, and predict it without marks.
 
@@ -190,7 +200,8 @@ class ClusteringPropagationSession:
             If the position is outside of the image, or the label is unknown. Nothing has changed.
         """
         place = self._in_file([coordinates])[0]
-        point = Point(self._label(label, place, include_interaction), place, include_interaction)
+        found = self._label(label, place, include_interaction)
+        point = Point(found, place, include_interaction, self._round)
         return self._add((point,), self._of_slices(point), run_prediction)
 
     def add_scribble(
@@ -212,7 +223,7 @@ class ClusteringPropagationSession:
         places = self._in_file(coordinates)
         line = Scribble(
             self._label(label, places[0], include_interaction), tuple(places), radius,
-            include_interaction,
+            include_interaction, self._round,
         )  # fmt: skip
         return self._add((line,), self._of_slices(line), run_prediction)
 
@@ -237,7 +248,7 @@ class ClusteringPropagationSession:
         low, high = (tuple(map(function, *corners)) for function in (min, max))
         middle: Any = tuple((a + b) / 2 for a, b in zip(low, high, strict=True))
         found = self._label(label, middle, include_interaction)
-        marked = Box(found, low, high, include_interaction)
+        marked = Box(found, low, high, include_interaction, self._round)
         return self._add((marked,), self._of_slices(marked), run_prediction)
 
     def add_scribble_interaction(
@@ -283,6 +294,8 @@ class ClusteringPropagationSession:
             raise ValueError(
                 f"segmentation must have shape {self.label_map.shape}, got {segmentation.shape}"
             )
+        if not (segmentation > 0).any():
+            raise InputError("The segmentation shows no label. Give one that does, or none.")
         self.reset_interactions()
         prompts: list[SlicePrompt] = []
         for label in self.labels.values():
@@ -334,6 +347,11 @@ class ClusteringPropagationSession:
 
     # ---------------------------------------------------------------- how
 
+    @property
+    def _round(self) -> int:
+        """Of the next mark: what is taken into account together is one round."""
+        return len(self._interactions)
+
     def _name(self, label: str | int) -> str:
         for name, value in self.labels.items():
             if label in (name, value):
@@ -350,8 +368,8 @@ class ClusteringPropagationSession:
             (prompt,) = self._of_slices(Point(0, place))
             logits = self._volume.logits([prompt.slice_index])[:, 0]
             row, column = round(float(prompt.rows[0])), round(float(prompt.columns[0]))
-            shown = [name for name, value in self.labels.items() if value != 0]
-            self.active_label = shown[int(logits[-len(shown) :, row, column].argmax())]
+            shown = self.shown_labels
+            self.active_label = [*shown][int(logits[-len(shown) :, row, column].argmax())]
         return self.labels[self.active_label]
 
     def _in_file(self, places: Any) -> list[tuple[float, float, float]]:
@@ -375,7 +393,8 @@ class ClusteringPropagationSession:
         self, voxels: np.ndarray, label: Label, positive: bool
     ) -> tuple[SlicePrompt, ...]:
         points = self._coordinates.array_points_to_network(voxels.astype(float), where="mark")
-        return tuple(by_slice(Mask(label, Path(), positive), points, self._coordinates))
+        mark = Mask(label, Path(), positive, self._round)
+        return tuple(by_slice(mark, points, self._coordinates))
 
     def _add(
         self, interactions: tuple[Interaction, ...], prompts: tuple[SlicePrompt, ...], run: bool

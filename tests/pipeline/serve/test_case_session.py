@@ -1,5 +1,6 @@
 """The page's session with a real model, on files."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,17 @@ def test_a_case_is_opened_corrected_and_saved(
     assert session.undo()
     session.reset()
     np.testing.assert_array_equal(session.label_map(), automatic)
+
+
+def test_the_order_of_names_in_the_dataset_does_not_matter(propagation_model: Path) -> None:
+    path = propagation_model / "dataset.json"
+    content = json.loads(path.read_text())
+    content["labels"] = {"background": 0, "dark": 2, "bright": 1}
+    path.write_text(json.dumps(content))
+    made = CaseSession(
+        propagation_model, checkpoint="checkpoint_final.pth", device=torch.device("cpu")
+    )
+    assert list(made.labels.items()) == [("bright", 1), ("dark", 2)]
 
 
 def test_a_broken_image_and_another_kind_of_model(

@@ -126,6 +126,8 @@ def test_it_starts_from_a_segmentation(session: ClusteringPropagationSession) ->
     session.add_point_interaction((6, 18, 20), True, label="bright")
     inside = session.label_map[4:8, 9:13, 10:15]
     assert (inside == 2).mean() > 0.85  # honoured, as far as the grid of the plan allows
+    with pytest.raises(InputError, match="shows no label"):
+        session.add_initial_seg_interaction(0 * drawn, run_prediction=True)
     session.add_initial_seg_interaction(drawn, run_prediction=True)
     assert (session.label_map[4:8, 9:13, 10:15] == 2).mean() > 0.85
 
@@ -161,6 +163,8 @@ def test_predict_with_saved_prompts_is_the_session(
 ) -> None:
     session.add_point_interaction((6, 12, 14), True, label="dark", run_prediction=False)
     session.add_scribble([(4, 8, 8), (4, 12, 20)], True, label="bright")
+    session.add_point_interaction((5, 16, 20), True, label="dark")  # corrects what came before
+    assert [one.round for one in session.prompts.interactions] == [0, 0, 1]
     (tmp_path / "prompts").mkdir()
     labels = session.predictor.dataset_json["labels"]
     write_prompts(session.prompts, tmp_path / "prompts" / "new.json", labels)
