@@ -17,28 +17,16 @@ from nnmosaic.data_conversion.interactions import (
     Box,
     Interaction,
     Label,
-    Mask,
     Point,
     Prompts,
     Scribble,
     as_label,
 )
-from nnmosaic.trainers.clustering_propagation.coordinates import CaseCoordinates
-from nnmosaic.trainers.clustering_propagation.interactive_volume import InteractiveVolume
-from nnmosaic.trainers.clustering_propagation.label_map import write_labels
-from nnmosaic.trainers.clustering_propagation.marks import apply_prompts
+from nnmosaic.trainers.clustering_propagation.corrected_image import ChangedBox, CorrectedImage
 from nnmosaic.trainers.clustering_propagation.predictor import PropagationPredictor
-from nnmosaic.trainers.clustering_propagation.slice_prompts import (
-    SlicePrompt,
-    by_slice,
-    slice_prompts,
-)
+from nnmosaic.trainers.clustering_propagation.slice_prompts import SlicePrompt
 from nnmosaic.trainers.predictor import available_folds, load_predictor
 
-ChangedBox = list[list[int]]
-"""[[first, behind the last], ...] along the axes of the image array."""
-MOST_BYTES = 4 * 2**30
-"""Of features that are kept for corrections."""
 INITIAL_SLICES = 5
 """Of an initial segmentation that count as drawn by the user: those where a label is largest."""
 
@@ -120,33 +108,20 @@ class ClusteringPropagationSession:
             "spacing": millimetres along the axes of the array. What nnU-Net's readers return with
             an image can be given as it is.
         """
-        predictor = self.predictor
-        configuration = predictor.configuration_manager
-        data, _, self._properties = configuration.preprocessor_class(verbose=False).run_case_npy(
-            image, None, dict(image_properties), predictor.plans_manager, configuration,
-            predictor.dataset_json,
-        )  # fmt: skip
-        self._coordinates = CaseCoordinates.of_case(
-            self._properties,
-            transpose_forward=predictor.plans_manager.transpose_forward,
-            network_shape=data.shape[1:],
-        )
-        predictor.set_case(self._properties)
-        self._features = predictor.volume_features(torch.from_numpy(data), most_bytes=MOST_BYTES)
+        self.image = CorrectedImage(self.predictor, image, image_properties)
         self.original_image_shape = image.shape
         self.target_buffer: np.ndarray | Tensor | None = None
         self.active_label = None
-        self.reset_interactions()
+
+    @property
+    def label_map(self) -> np.ndarray:
+        """The present result: labels of the image array. It is changed in place."""
+        return self.image.label_map
 
     def reset_interactions(self) -> None:
         """Go back to the automatic result; features are kept."""
-        distance = self.predictor.slice_distance
-        self._volume = InteractiveVolume(self._features, distance_mm=distance)
-        self.label_map = np.zeros(self.original_image_shape[1:], np.uint8)
-        """Labels of the image array."""
-        self._interactions: list[tuple[Interaction, ...]] = []  # of each step that undo takes back
-        self._pending: list[tuple[tuple[Interaction, ...], tuple[SlicePrompt, ...]]] = []
-        self._update(range(len(self._features)))
+        self.image.reset()
+        self._write_buffer()
 
     def set_target_buffer(self, buffer: np.ndarray | Tensor) -> None:
         """Set what results are written into, in place: uint8, in the shape of the image."""
@@ -199,10 +174,10 @@ class ClusteringPropagationSession:
         InputError
             If the position is outside of the image, or the label is unknown. Nothing has changed.
         """
-        place = self._in_file([coordinates])[0]
+        place = self.image.in_file([coordinates])[0]
         found = self._label(label, place, include_interaction)
-        point = Point(found, place, include_interaction, self._round)
-        return self._add((point,), self._of_slices(point), run_prediction)
+        point = Point(found, place, include_interaction, self.image.round)
+        return self._add(point, run_prediction)
 
     def add_scribble(
         self,
@@ -220,12 +195,12 @@ class ClusteringPropagationSession:
         radius : float
             Half of its width, in voxels of the image.
         """
-        places = self._in_file(coordinates)
+        places = self.image.in_file(coordinates)
         line = Scribble(
             self._label(label, places[0], include_interaction), tuple(places), radius,
-            include_interaction, self._round,
+            include_interaction, self.image.round,
         )  # fmt: skip
-        return self._add((line,), self._of_slices(line), run_prediction)
+        return self._add(line, run_prediction)
 
     def add_bbox_interaction(
         self,
@@ -244,12 +219,12 @@ class ClusteringPropagationSession:
         """
         if any(low >= high for low, high in box):
             raise ValueError(f"box must not be empty, got {[list(side) for side in box]}")
-        corners = self._in_file([[low for low, _ in box], [high - 1 for _, high in box]])
+        corners = self.image.in_file([[low for low, _ in box], [high - 1 for _, high in box]])
         low, high = (tuple(map(function, *corners)) for function in (min, max))
         middle: Any = tuple((a + b) / 2 for a, b in zip(low, high, strict=True))
         found = self._label(label, middle, include_interaction)
-        marked = Box(found, low, high, include_interaction, self._round)
-        return self._add((marked,), self._of_slices(marked), run_prediction)
+        marked = Box(found, low, high, include_interaction, self.image.round)
+        return self._add(marked, run_prediction)
 
     def add_scribble_interaction(
         self,
@@ -277,8 +252,10 @@ class ClusteringPropagationSession:
         if not len(voxels):
             raise InputError("No voxel of the mark is above 0. Draw something.")
         voxels = voxels + np.asarray(offset)
-        found = self._label(label, self._in_file(voxels[len(voxels) // 2][None])[0], True)
-        return self._add((), self._of_voxels(voxels, found, include_interaction), run_prediction)
+        (place,) = self.image.in_file(voxels[len(voxels) // 2])
+        found = self._label(label, place, include_interaction)
+        marked = self.image.marked_voxels(voxels, found, positive=include_interaction)
+        return self._add_marks((), marked, run_prediction)
 
     add_lasso_interaction = add_scribble_interaction
     """The inside of the lasso, as voxels."""
@@ -302,9 +279,9 @@ class ClusteringPropagationSession:
             voxels = np.argwhere(np.isin(segmentation, label))
             if label == 0 or not len(voxels):
                 continue
-            drawn = self._of_voxels(voxels, label, True)
+            drawn = self.image.marked_voxels(voxels, label, positive=True)
             prompts += sorted(drawn, key=lambda prompt: -len(prompt.rows))[:INITIAL_SLICES]
-        changed = self._add((), tuple(prompts), run_prediction)
+        changed = self._add_marks((), tuple(prompts), run_prediction)
         if not run_prediction:
             self.label_map[:] = segmentation
             self._write_buffer()
@@ -312,15 +289,9 @@ class ClusteringPropagationSession:
 
     def undo(self) -> bool:
         """Take the last mark back exactly; return whether there was one."""
-        if self._pending:
-            self._pending.pop()
-            return True
-        changed = self._volume.undo()
-        if changed is None:
-            return False
-        self._interactions.pop()
-        self._update(changed)
-        return True
+        done = self.image.undo()
+        self._write_buffer()
+        return done
 
     @property
     def prompts(self) -> Prompts:
@@ -328,17 +299,11 @@ class ClusteringPropagationSession:
 
         In voxels of the image file, z, y, x.
         """
-        steps = [*self._interactions, *(interactions for interactions, _ in self._pending)]
-        return Prompts(
-            "voxel", order="zyx", interactions=tuple(one for step in steps for one in step)
-        )
+        return Prompts("voxel", order="zyx", interactions=self.image.interactions)
 
     def suggest_slice(self) -> int | None:
         """Return the slice, along `slice_axis`, that is most in doubt; None: all are marked."""
-        index = self._volume.doubtful_slice()
-        if index is None:
-            return None
-        return int(self._properties["bbox_used_for_cropping"][0][0]) + index
+        return self.image.suggest_slice()
 
     @property
     def slice_axis(self) -> int:
@@ -346,11 +311,6 @@ class ClusteringPropagationSession:
         return int(self.predictor.plans_manager.transpose_forward[0])
 
     # ---------------------------------------------------------------- how
-
-    @property
-    def _round(self) -> int:
-        """Of the next mark: what is taken into account together is one round."""
-        return len(self._interactions)
 
     def _name(self, label: str | int) -> str:
         for name, value in self.labels.items():
@@ -365,63 +325,21 @@ class ClusteringPropagationSession:
         if self.active_label is None:
             if not positive:
                 raise InputError("The first mark must show a label, or name it.")
-            (prompt,) = self._of_slices(Point(0, place))
-            logits = self._volume.logits([prompt.slice_index])[:, 0]
-            row, column = round(float(prompt.rows[0])), round(float(prompt.columns[0]))
+            (marked,) = self.image.marked(Point(0, place))
             shown = self.shown_labels
-            self.active_label = [*shown][int(logits[-len(shown) :, row, column].argmax())]
+            likeliest = self.image.logits_at(marked)[-len(shown) :].argmax()
+            self.active_label = [*shown][int(likeliest)]
         return self.labels[self.active_label]
 
-    def _in_file(self, places: Any) -> list[tuple[float, float, float]]:
-        """Return indices of the image array as voxels of the file, z, y, x."""
-        points = np.asarray(places, float).reshape(-1, 3)
-        if not np.isfinite(points).all():
-            raise InputError("A position is not a finite number. Give three indices.")
-        to_file = np.linalg.inv(self._coordinates.geometry.file_to_array)
-        found = points @ to_file[:3, :3].T + to_file[:3, 3]
-        return [(float(z), float(y), float(x)) for x, y, z in found]
+    def _add(self, interaction: Interaction, run: bool) -> ChangedBox | None:
+        return self._add_marks((interaction,), self.image.marked(interaction), run)
 
-    def _of_slices(self, interaction: Interaction) -> tuple[SlicePrompt, ...]:
-        prompts = Prompts("voxel", order="zyx", interactions=(interaction,))
-        reader = self.predictor.plans_manager.image_reader_writer_class()
-        return slice_prompts(
-            prompts, self._coordinates, read_mask=lambda path: reader.read_seg(str(path)),
-            where="mark",
-        )  # fmt: skip
-
-    def _of_voxels(
-        self, voxels: np.ndarray, label: Label, positive: bool
-    ) -> tuple[SlicePrompt, ...]:
-        points = self._coordinates.array_points_to_network(voxels.astype(float), where="mark")
-        mark = Mask(label, Path(), positive, self._round)
-        return tuple(by_slice(mark, points, self._coordinates))
-
-    def _add(
-        self, interactions: tuple[Interaction, ...], prompts: tuple[SlicePrompt, ...], run: bool
+    def _add_marks(
+        self, interactions: tuple[Interaction, ...], marks: tuple[SlicePrompt, ...], run: bool
     ) -> ChangedBox | None:
-        self._pending.append((interactions, prompts))
-        if not run:
-            return None
-        together = [prompt for _, waiting in self._pending for prompt in waiting]
-        self._interactions.append(tuple(one for step, _ in self._pending for one in step))
-        self._pending = []
-        (changed,) = apply_prompts(self._volume, together, self.predictor.label_manager)
-        return self._update(changed)
-
-    def _update(self, changed: range) -> ChangedBox | None:
-        """Bring the label map up to date, and return the box of what changed."""
-        before = self.label_map.copy()
-        if len(changed):
-            write_labels(
-                self.label_map, self._volume.logits(changed), changed.start,
-                properties=self._properties, predictor=self.predictor,
-            )  # fmt: skip
+        changed = self.image.add(interactions, marks, run=run)
         self._write_buffer()
-        places = np.argwhere(self.label_map != before)
-        if not len(places):
-            return None
-        low, high = places.min(0), places.max(0) + 1
-        return [[int(a), int(b)] for a, b in zip(low, high, strict=True)]
+        return changed
 
     def _write_buffer(self) -> None:
         if self.target_buffer is None:

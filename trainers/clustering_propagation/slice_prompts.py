@@ -104,7 +104,7 @@ def slice_prompts(
         if isinstance(interaction, Mask):
             array, properties = read_mask(interaction.file)
             points = _mask_points(array[0], properties, coordinates, f"{name}, {interaction.file}")
-            found += by_slice(interaction, points, coordinates)
+            found += _by_slice(interaction, points, coordinates)
             continue
         points = coordinates.to_network(
             np.array(_positions(interaction)),
@@ -114,9 +114,9 @@ def slice_prompts(
             where=name,
         )
         if isinstance(interaction, Point):
-            found += by_slice(interaction, points, coordinates)
+            found += _by_slice(interaction, points, coordinates)
         elif isinstance(interaction, Scribble):
-            found += by_slice(interaction, _line(points, interaction, coordinates), coordinates)
+            found += _by_slice(interaction, _line(points, interaction, coordinates), coordinates)
         else:
             found += _box(interaction, points, coordinates)
     return tuple(found)
@@ -136,18 +136,22 @@ def _nearest(positions: np.ndarray, size: int | np.ndarray) -> np.ndarray:
     return index
 
 
-def by_slice(
+def _by_slice(
     interaction: Interaction, points: np.ndarray, coordinates: CaseCoordinates
 ) -> list[SlicePrompt]:
-    """Return weight 1 at all points, each in the slice that it lies in.
+    sign, number = interaction.positive, interaction.round
+    return by_slice(points, coordinates, interaction.label, positive=sign, round=number)
 
-    Parameters
-    ----------
-    interaction : Interaction
-        For its label, sign and round.
-    points : ndarray, shape (P, 3)
-        In network coordinates.
-    """
+
+def by_slice(
+    points: np.ndarray,
+    coordinates: CaseCoordinates,
+    label: Label,
+    *,
+    positive: bool,
+    round: int,
+) -> list[SlicePrompt]:
+    """Return weight 1 at points (P, 3) in network coordinates, each in the slice it lies in."""
     slices = _nearest(points[:, 0], coordinates.network_shape[0])
     last = np.array(coordinates.network_shape[1:]) - 1
     prompts = []
@@ -155,13 +159,13 @@ def by_slice(
         rows, columns = np.clip(points[slices == index, 1:], 0, last).T
         prompts.append(
             SlicePrompt(
-                interaction.label,
+                label,
                 int(index),
                 rows,
                 columns,
                 np.ones(len(rows)),
-                positive=interaction.positive,
-                round=interaction.round,
+                positive=positive,
+                round=round,
             )
         )
     return prompts

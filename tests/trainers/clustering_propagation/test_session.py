@@ -44,8 +44,8 @@ def session(propagation_model: Path, image: Path) -> ClusteringPropagationSessio
 def test_the_automatic_result_is_nnunets_export(session: ClusteringPropagationSession) -> None:
     predictor = session.predictor
     exported = convert_predicted_logits_to_segmentation_with_correct_shape(
-        session._volume.logits().float(), predictor.plans_manager,
-        predictor.configuration_manager, predictor.label_manager, session._properties,
+        session.image.volume.logits().float(), predictor.plans_manager,
+        predictor.configuration_manager, predictor.label_manager, session.image.properties,
     )  # fmt: skip
     np.testing.assert_array_equal(session.label_map, exported)
     assert len(np.unique(exported)) > 1
@@ -113,6 +113,8 @@ def test_marks_as_voxels_and_boxes(session: ClusteringPropagationSession) -> Non
         session.add_bbox_interaction([[7, 7], [6, 15], [8, 20]], True, label="bright")
     with pytest.raises(ValueError, match="scribble must have shape"):
         session.add_scribble_interaction(drawn[:4], True, label="dark")
+    with pytest.raises(InputError, match="The first mark must show a label"):
+        session.add_scribble_interaction(drawn, False)
     with pytest.raises(InputError, match="No voxel of the mark"):
         session.add_scribble_interaction(0 * drawn, True, label="dark")
 
