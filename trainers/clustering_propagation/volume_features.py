@@ -7,7 +7,7 @@ They do not depend on the centres, so that sweeps and corrections share them
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain, combinations
+from itertools import chain, combinations, repeat
 from typing import Any
 
 import torch
@@ -82,10 +82,7 @@ class VolumeFeatures:
         """Return the features of a slice; samples are its mirrored copies."""
         block, place = divmod(index, BLOCK)
         if block not in self._blocks:
-            self._blocks[block] = self._encoded(block * BLOCK)
-            size = sum(_bytes(one) for one in self._blocks[block])
-            while len(self._blocks) > max(1, self.most_bytes // size):
-                self._blocks.popitem(last=False)
+            self._blocks[block] = self._encoded(block * BLOCK, self._taken_back())
         self._blocks.move_to_end(block)
         return self._blocks[block][place]
 
@@ -93,14 +90,25 @@ class VolumeFeatures:
         """Return nnU-Net's autocast: on CUDA only."""
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
 
+    def _taken_back(self) -> list[SliceFeatures]:
+        """Return the block that was not used for longest, if there is no room for another one.
+
+        Its memory is written again: freed and asked for anew, it would lie in pieces in between
+        the network's, and the process would grow with the volume.
+        """
+        sizes = [sum(map(_bytes, block)) for block in self._blocks.values()]
+        if not sizes or len(sizes) < max(1, self.most_bytes // max(sizes)):
+            return []
+        return self._blocks.popitem(last=False)[1]
+
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def _encoded(self, first: int) -> list[SliceFeatures]:
+    def _encoded(self, first: int, room: Sequence[SliceFeatures]) -> list[SliceFeatures]:
         slices = self.image[:, first : first + BLOCK].transpose(0, 1).to(self.device)
         with self.autocast():
             found = [self.network.encode(slices.flip(axes)) for axes in self.copies]
         return [
-            _joined([features.select(slice(i, i + 1)) for features in found])
-            for i in range(len(slices))
+            _joined([features.select(slice(i, i + 1)) for features in found], into)
+            for i, into in zip(range(len(slices)), chain(room, repeat(None)), strict=False)
         ]
 
     def mirrored(self, maps: Tensor) -> Tensor:
@@ -119,15 +127,23 @@ class VolumeFeatures:
         return mean.half().cpu()
 
 
-def _joined(parts: Sequence[SliceFeatures]) -> SliceFeatures:
-    """Return one batch of several, in memory of its own."""
+def _joined(parts: Sequence[SliceFeatures], into: SliceFeatures | None) -> SliceFeatures:
+    """Return one batch of several, in memory of its own; with ``into`` in this one's."""
+    tensors = list(zip(*map(_tensors, parts), strict=True))
+    if into is not None:
+        for pieces, room in zip(tensors, _tensors(into), strict=True):
+            torch.cat(pieces, out=room)
+        return into
     inputs, values, embeddings = (
         tuple(torch.cat(level) for level in zip(*levels, strict=True))
         for levels in zip(*(part[:3] for part in parts), strict=True)
     )
-    return SliceFeatures(inputs, values, embeddings, torch.cat([part.mask_map for part in parts]))
+    return SliceFeatures(inputs, values, embeddings, torch.cat(tensors[-1]))
+
+
+def _tensors(features: SliceFeatures) -> list[Tensor]:
+    return [*chain(*features[:3]), features.mask_map]
 
 
 def _bytes(features: SliceFeatures) -> int:
-    tensors = chain(*features[:3], features[3:])
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(features))

@@ -129,6 +129,13 @@ def test_kept_features_do_not_grow_with_the_volume(
     assert max(kept) == 1
 
 
+def test_new_features_take_the_memory_of_those_that_go(
+    predictor: PropagationPredictor, image: Tensor
+) -> None:
+    features = predictor.volume_features(image[:, :16], most_bytes=1)
+    assert len({features[index].mask_map.data_ptr() for index in range(16)}) == 8
+
+
 def test_one_slice_has_no_neighbours(predictor: PropagationPredictor, image: Tensor) -> None:
     alone = predict(predictor, image[:, :1], "none")
     for sweep in SWEEPS:
