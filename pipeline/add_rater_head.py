@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,8 @@ def add_rater_head(
     if output.exists():
         raise InputError(f"{output} exists already. Remove it, or choose another folder with -o.")
     from nnmosaic.pipeline.device import choose_device
-    from nnmosaic.trainers.checkpoint import read_checkpoint
-    from nnmosaic.trainers.multi_rater.new_rater import HeadLearner, with_head
+    from nnmosaic.trainers.multi_rater.new_rater import HeadLearner
     from nnmosaic.trainers.predictor import available_folds, load_predictor
-    from nnmosaic.trainers.resumable import plain_network
 
     folds = folds or available_folds(model, checkpoint)
     predictor = load_predictor(
@@ -76,30 +74,21 @@ def add_rater_head(
         )
     plans, dataset_json = _with_rater(model, rater)
     dataset = parse_dataset_json(dataset_json, where=str(model / "dataset.json"))
-    plan = rater_plan(predictor.plans_manager.plans)
     cases = _preprocessed(predictor, dataset, _labelled_cases(images, labels, dataset))
-    learner = HeadLearner(predictor, plan, cases)
+    learner = HeadLearner(predictor, rater_plan(predictor.plans_manager.plans), cases)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     told = [f"{len(cases.identifiers)} cases of {rater}"]
     try:
         with progress("Learning", len(folds)) as advance:
             for fold, weights in zip(folds, predictor.list_of_parameters, strict=True):
-                network = plain_network(predictor.network)
-                network.load_state_dict(weights)
-                found = learner.learn(network, steps=steps, seed=seed)
+                found = learner.learn(weights, steps=steps, seed=seed)
                 told.append(
                     f"fold {fold}: from the head of {found.nearest}, loss {found.before:.3f} -> "
                     f"{found.after:.3f}"
                 )
-                content = read_checkpoint(model / f"fold_{fold}" / checkpoint)
-                arguments = {**content["init_args"], "plans": plans, "dataset_json": dataset_json}
-                content = {key: content[key] for key in KEPT if key in content} | {
-                    "network_weights": with_head(
-                        weights, found.head, raters=len(plan.raters), classes=network.classes
-                    ),
-                    "init_args": arguments,
-                }
-                _write_checkpoint(content, temporary / f"fold_{fold}" / checkpoint)
+                where = Path(f"fold_{fold}") / checkpoint
+                new = {"plans": plans, "dataset_json": dataset_json}
+                _write_checkpoint(model / where, temporary / where, new, found.weights)
                 advance(f"fold {fold}")
         write_json(plans, temporary / "plans.json")
         write_json(dataset_json, temporary / "dataset.json")
@@ -158,8 +147,16 @@ def _preprocessed(predictor: Any, dataset: DatasetJson, cases: Sequence[Case]) -
     return PreprocessedCases(found)
 
 
-def _write_checkpoint(content: dict[str, Any], path: Path) -> None:
+def _write_checkpoint(
+    source: Path, target: Path, arguments: dict[str, Any], weights: Mapping[str, Any]
+) -> None:
+    """Write what prediction needs of a checkpoint, with other weights and arguments."""
     import torch
 
-    path.parent.mkdir(parents=True)
-    torch.save(content, path)
+    from nnmosaic.trainers.checkpoint import read_checkpoint
+
+    content = read_checkpoint(source)
+    kept = {key: content[key] for key in KEPT if key in content}
+    kept |= {"network_weights": weights, "init_args": {**content["init_args"], **arguments}}
+    target.parent.mkdir(parents=True)
+    torch.save(kept, target)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nnmosaic.planners.plans_section import RaterPlan
 from nnmosaic.trainers.multi_rater.network import MultiRaterNet, RaterHead
+from nnmosaic.trainers.resumable import plain_network
 
 COMPARED_BATCHES = 4
 """On which the known raters are held against the new one."""
@@ -70,13 +71,15 @@ class NewHead:
 
     Attributes
     ----------
+    weights : mapping
+        Of the network with the head, as `with_head` returns them.
     nearest : str
         The known rater whose head it started from.
     before, after : float
         Loss of that rater's masks, and of the new ones, on the same patches of the cases.
     """
 
-    head: RaterHead
+    weights: Mapping[str, Tensor]
     nearest: str
     before: float
     after: float
@@ -97,6 +100,7 @@ class HeadLearner:
     def __init__(self, predictor: Any, plan: RaterPlan, cases: PreprocessedCases) -> None:
         configuration = predictor.configuration_manager
         self.plan, self.cases, self.device = plan, cases, predictor.device
+        self.network: MultiRaterNet = plain_network(predictor.network)
         self.patch_size: Sequence[int] = configuration.patch_size
         self.batch_size: int = configuration.batch_size
         self.labels = predictor.label_manager
@@ -107,19 +111,23 @@ class HeadLearner:
             dice_class=MemoryEfficientSoftDiceLoss,
         )
 
-    def learn(self, network: MultiRaterNet, *, steps: int, seed: int) -> NewHead:
-        """Return a head for the rater who drew the cases.
+    def learn(self, weights: Mapping[str, Tensor], *, steps: int, seed: int) -> NewHead:
+        """Return weights with a head for the rater who drew the cases.
 
         It starts as the head of the known rater who is nearest to the new one, and the rest of the
         network, whose heads are left as they were, does not change.
 
         Parameters
         ----------
+        weights : mapping
+            Of the network of the model's fold.
         seed : int
             Seeds NumPy's and torch's global generators: nnU-Net's data loader draws from the first.
         """
         np.random.seed(seed)
         torch.manual_seed(seed)
+        network = self.network
+        network.load_state_dict(weights)
         network.to(self.device).eval().requires_grad_(False)
         known = network.heads
         compared = list(islice(self._batches(), COMPARED_BATCHES))
@@ -132,7 +140,9 @@ class HeadLearner:
             (head,) = network.heads
         finally:
             network.heads = known
-        return NewHead(head.cpu(), self.plan.raters[nearest], float(losses[nearest]), float(after))
+        raters = self.plan.raters
+        wider = with_head(weights, head.cpu(), raters=len(raters), classes=network.classes)
+        return NewHead(wider, raters[nearest], float(losses[nearest]), float(after))
 
     def _descend(self, network: MultiRaterNet, steps: int) -> None:
         (head,) = network.heads
