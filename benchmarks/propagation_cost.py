@@ -62,7 +62,7 @@ def clicks(features: int) -> dict[str, float]:
         most_bytes=2**33,
     )  # fmt: skip
     start = time.perf_counter()
-    volume = InteractiveVolume(kept, distance_mm=5.0)
+    volume = InteractiveVolume(kept, distance_mm=5.0, pixel_mm=1.0)
     automatic = time.perf_counter() - start
 
     def click(index: int) -> float:
@@ -70,7 +70,7 @@ def clicks(features: int) -> dict[str, float]:
         weights[2, 100:102, 120:122] = 1
         on = weights.bool()
         start = time.perf_counter()
-        volume.logits(volume.add({index: Marks(weights, on, torch.zeros_like(on))}))
+        volume.logits(volume.add({index: Marks(weights, on, torch.zeros_like(on), on[2])}))
         return time.perf_counter() - start
 
     first = []

@@ -9,7 +9,6 @@ import torch
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.interactions import Coordinates, Interaction, Label, Prompts
 from nnmosaic.trainers.clustering_propagation.coordinates import CaseCoordinates
-from nnmosaic.trainers.clustering_propagation.interactive_volume import InteractiveVolume
 from nnmosaic.trainers.clustering_propagation.label_map import write_labels
 from nnmosaic.trainers.clustering_propagation.marks import apply_prompts
 from nnmosaic.trainers.clustering_propagation.predictor import PropagationPredictor
@@ -65,7 +64,7 @@ class CorrectedImage:
 
     def reset(self) -> None:
         """Go back to the automatic result; features are kept."""
-        self.volume = InteractiveVolume(self._features, distance_mm=self.predictor.slice_distance)
+        self.volume = self.predictor.interactive_volume(self._features)
         self._steps: list[tuple[Interaction, ...]] = []
         self._pending: list[Step] = []
         self._update(range(len(self._features)))

@@ -3,18 +3,21 @@
 The automatic result is a sweep up and a sweep down. A slice with marks is an anchor: it is decoded
 again in both sweeps, from the centres that it had, with the marks; what it finds travels on to the
 next anchor in each direction, and no further. Between two anchors the sweeps are weighted by their
-distance; the end of the volume counts as half an anchor, since nobody looked there.
+distance; the end of the volume counts as half an anchor, since nobody looked there. Marked pixels
+get their class whatever is found, and clicks count for the pixels around them (see `nearby`).
 """
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from nnmosaic.trainers.clustering_propagation.memory import State
+from nnmosaic.trainers.clustering_propagation.nearby import FARTHEST, share_of_clicks, told
 from nnmosaic.trainers.clustering_propagation.network import SliceResult
 from nnmosaic.trainers.clustering_propagation.travel import blend, travel
 from nnmosaic.trainers.clustering_propagation.volume_features import VolumeFeatures
@@ -23,8 +26,6 @@ UNDO_LEVELS = 8
 """Each keeps the logits of the slices that were changed."""
 UNCHANGED_SLICES, UNCHANGED_DICE = 3, 0.995
 """A correction has died out when so many slices in a row are as good as they were (3)."""
-HONOURED = 1.0
-"""By which the logit of a marked class exceeds all others at its pixels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +38,15 @@ class Marks:
         As `ClusteringPropagationNet.pool_prompts` takes them, without padding.
     on, off : Tensor, shape (K, H, W), bool
         Pixels that surely are, and are not, of a class.
+    clicked : Tensor, shape (H, W), bool
+        Those of them that speak for the pixels around them, too: an object that was drawn ends
+        where it was drawn.
     """
 
     weights: Tensor
     on: Tensor
     off: Tensor
+    clicked: Tensor
 
     def __add__(self, other: "Marks") -> "Marks":
         """Return both; where they disagree about a pixel, the other one, which is later, counts."""
@@ -49,6 +54,7 @@ class Marks:
             self.weights + other.weights,
             self.on & ~other.off | other.on,
             self.off & ~other.on | other.off,
+            self.clicked | other.clicked,
         )
 
 
@@ -95,20 +101,28 @@ class InteractiveVolume:
     ----------
     features : VolumeFeatures
         With room for all slices, or every correction works them out again.
-    distance_mm : float
-        Between neighbouring slices.
+    distance_mm, pixel_mm : float
+        Between neighbouring slices, and between neighbouring pixels.
     honour_marks : bool
-        Whether marked pixels get their class on their slice, whatever the network says.
+        Whether marked pixels get their class on their slice, whatever the network says, and speak
+        for those around them.
     """
 
     def __init__(
-        self, features: VolumeFeatures, *, distance_mm: float, honour_marks: bool = True
+        self,
+        features: VolumeFeatures,
+        *,
+        distance_mm: float,
+        pixel_mm: float,
+        honour_marks: bool = True,
     ) -> None:
         self.features, self.distance_mm, self.honour_marks = features, distance_mm, honour_marks
+        self.pixels_per_slice = distance_mm / pixel_mm
         self.marks: Mapping[int, Marks] = {}
         """Slice -> what was marked on it."""
         self._sweeps = [self._automatic(1), self._automatic(-1)]
         self._undo: deque[_Undo] = deque(maxlen=UNDO_LEVELS)
+        self._looks: WeakKeyDictionary[Marks, Tensor] = WeakKeyDictionary()
 
     # ---------------------------------------------------------------- what is found
 
@@ -120,13 +134,16 @@ class InteractiveVolume:
     def _slice_logits(self, index: int) -> Tensor:
         up, down = (sweep.logits[:, index] for sweep in self._sweeps)
         logits = blend(up, down, self._weight_of_up(index))
-        if self.honour_marks and index in self.marks:
-            logits = self._honoured(logits, self.marks[index])
-        return logits
+        return self._told(logits, index) if self.honour_marks else logits
 
-    def _weight_of_up(self, index: int) -> float:
+    def _anchors_around(self, index: int) -> tuple[int | None, int | None]:
+        """Return the last anchor up to a slice, and the first one from it on."""
         below = max((anchor for anchor in self.marks if anchor <= index), default=None)
         above = min((anchor for anchor in self.marks if anchor >= index), default=None)
+        return below, above
+
+    def _weight_of_up(self, index: int) -> float:
+        below, above = self._anchors_around(index)
         if (below is None and above is None) or below == above:
             return 0.5
         if above is None and below is not None:
@@ -135,12 +152,32 @@ class InteractiveVolume:
             return 0.5 * (above - index) / (above + 1)
         return (above - index) / (above - below)  # type: ignore[operator]
 
-    def _honoured(self, logits: Tensor, marks: Marks) -> Tensor:
-        if self.features.network.layout.regions:
-            enough = logits.abs().clamp_min(HONOURED)
-            return torch.where(marks.on, enough, torch.where(marks.off, -enough, logits))
-        highest = logits.max(0, keepdim=True).values + HONOURED
-        return torch.where(marks.on, highest, logits)
+    def _told(self, logits: Tensor, index: int) -> Tensor:
+        """Return logits (K, H, W) of a slice that follow the marks on the anchors around it."""
+        on, off = torch.zeros(2, *logits.shape)
+        if index in self.marks:
+            on, off = self.marks[index].on.float(), self.marks[index].off.float()
+        for anchor in {anchor for anchor in self._anchors_around(index) if anchor is not None}:
+            marks, steps = self.marks[anchor], abs(index - anchor) * self.pixels_per_slice
+            if steps > FARTHEST:
+                continue
+            for share, sure in ((on, marks.on), (off, marks.off)):
+                for k in (sure & marks.clicked).flatten(1).any(1).nonzero().flatten().tolist():
+                    clicked = sure[k] & marks.clicked
+                    here = self.features.embeddings(index)
+                    looks = self._look_of(anchor)[clicked[marks.clicked]]
+                    near = share_of_clicks(clicked, looks, here, steps=steps)
+                    share[k] = torch.maximum(share[k], near)
+        if not (on.any() or off.any()):
+            return logits
+        return told(logits, on, off, regions=self.features.network.layout.regions)
+
+    def _look_of(self, anchor: int) -> Tensor:
+        """Return the embeddings (P, E) of the clicked pixels of a slice."""
+        marks = self.marks[anchor]
+        if marks not in self._looks:
+            self._looks[marks] = self.features.embeddings(anchor)[:, marks.clicked].T
+        return self._looks[marks]
 
     def doubtful_slice(self) -> int | None:
         """Return the slice without marks that is least sure; None: all have some.

@@ -74,7 +74,8 @@ def _marks(prompt: SlicePrompt, labels: Any, found: Tensor) -> Marks:
     on, off = (torch.zeros(channels, *shape, dtype=torch.bool) for _ in range(2))
     on[list(classes.positive)] = surely
     off[list(classes.negative)] = surely
-    return Marks(slots, on, off)
+    clicked = surely if prompt.clicked else torch.zeros_like(surely)
+    return Marks(slots, on, off, clicked)
 
 
 def _classes(prompt: SlicePrompt, labels: Any) -> PromptClasses:

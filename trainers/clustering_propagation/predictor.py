@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from nnmosaic.trainers.clustering_propagation.interactive_volume import InteractiveVolume
@@ -57,11 +58,16 @@ class PropagationPredictor(MosaicPredictor):
             most_bytes=most_bytes,
         )
 
+    def interactive_volume(self, features: VolumeFeatures) -> InteractiveVolume:
+        """Return the volume that marks in the image change."""
+        pixel_mm = float(np.mean(self.configuration_manager.spacing))
+        return InteractiveVolume(features, distance_mm=self.slice_distance, pixel_mm=pixel_mm)
+
     def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
         """Return logits (K, Z, H, W), half precision, of an image (channels, Z, H, W)."""
         features = self.volume_features(input_image)
         if self.prompts:
-            volume = InteractiveVolume(features, distance_mm=self.slice_distance)
+            volume = self.interactive_volume(features)
             apply_prompts(volume, self.prompts, self.label_manager)
             return volume.logits()
         sweeps = ("up", "down") if self.sweep == "both" else (self.sweep,)

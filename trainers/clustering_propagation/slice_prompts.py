@@ -49,6 +49,8 @@ class SlicePrompt:
         Whether the label is there, or is not there.
     exact : bool
         Whether every position shows it. False for boxes, whose interior is more than the object.
+    clicked : bool
+        Whether it comes from a point or a line, which speak for what is around them.
     """
 
     label: Label
@@ -59,6 +61,7 @@ class SlicePrompt:
     positive: bool = True
     round: int = 0
     exact: bool = True
+    clicked: bool = False
 
     def weight_map(self, shape: tuple[int, int]) -> np.ndarray:
         """Return the weights of whole pixels, shape (rows, columns), float32.
@@ -139,8 +142,10 @@ def _nearest(positions: np.ndarray, size: int | np.ndarray) -> np.ndarray:
 def _by_slice(
     interaction: Interaction, points: np.ndarray, coordinates: CaseCoordinates
 ) -> list[SlicePrompt]:
-    sign, number = interaction.positive, interaction.round
-    return by_slice(points, coordinates, interaction.label, positive=sign, round=number)
+    return by_slice(
+        points, coordinates, interaction.label, positive=interaction.positive,
+        round=interaction.round, clicked=isinstance(interaction, Point | Scribble),
+    )  # fmt: skip
 
 
 def by_slice(
@@ -150,6 +155,7 @@ def by_slice(
     *,
     positive: bool,
     round: int,
+    clicked: bool = False,
 ) -> list[SlicePrompt]:
     """Return weight 1 at points (P, 3) in network coordinates, each in the slice it lies in."""
     slices = _nearest(points[:, 0], coordinates.network_shape[0])
@@ -166,6 +172,7 @@ def by_slice(
                 np.ones(len(rows)),
                 positive=positive,
                 round=round,
+                clicked=clicked,
             )
         )
     return prompts

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from torch import Tensor
+from torch.nn import functional
 
 from nnmosaic.trainers.clustering_propagation.features import SliceFeatures
 from nnmosaic.trainers.clustering_propagation.network import ClusteringPropagationNet
@@ -86,6 +87,13 @@ class VolumeFeatures:
         self._blocks.move_to_end(block)
         return self._blocks[block][place]
 
+    def embeddings(self, index: int) -> Tensor:
+        """Return the unit vectors of the pixels of a slice, (E, H, W), without padding, on the CPU.
+
+        Of mirrored copies, turned back, the direction of the mean.
+        """
+        return functional.normalize(self._turned_back(self[index].mask_map), dim=0).cpu()
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Return nnU-Net's autocast: on CUDA only."""
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
@@ -122,9 +130,11 @@ class VolumeFeatures:
 
         Half precision, as nnU-Net keeps logits.
         """
-        back = [one.flip(axes) for one, axes in zip(logits.float(), self.copies, strict=True)]
-        mean = torch.stack(back).mean(0)[self._inside]
-        return mean.half().cpu()
+        return self._turned_back(logits).half().cpu()
+
+    def _turned_back(self, maps: Tensor) -> Tensor:
+        back = [one.flip(axes) for one, axes in zip(maps.float(), self.copies, strict=True)]
+        return torch.stack(back).mean(0)[self._inside]
 
 
 def _joined(parts: Sequence[SliceFeatures], into: SliceFeatures | None) -> SliceFeatures:

@@ -41,15 +41,22 @@ def volume(
 ) -> InteractiveVolume:
     copies = mirrored_copies((0, 1) if mirror else ())
     features = VolumeFeatures(network, image, patch_size=(16, 24), copies=copies, device=CPU)
-    return InteractiveVolume(features, distance_mm=2.0, honour_marks=honour)
+    return InteractiveVolume(features, distance_mm=2.0, pixel_mm=0.5, honour_marks=honour)
 
 
-def click(network: ClusteringPropagationNet, row: int, column: int, channel: int = 2) -> Marks:
+def click(
+    network: ClusteringPropagationNet,
+    row: int,
+    column: int,
+    channel: int = 2,
+    *,
+    drawn: bool = False,
+) -> Marks:
     weights = torch.zeros(len(network.layout.slots), ROWS, COLUMNS)
     weights[channel, row, column] = 1
     on = torch.zeros(network.layout.classes, ROWS, COLUMNS, dtype=torch.bool)
     on[channel, row, column] = True
-    return Marks(weights, on, torch.zeros_like(on))
+    return Marks(weights, on, torch.zeros_like(on), on[channel] & (not drawn))
 
 
 def test_without_marks_it_is_the_automatic_result(
@@ -71,16 +78,31 @@ def test_a_mark_travels_both_ways_and_is_honoured(
 ) -> None:
     found = volume(network, image)
     before = found.logits()
-    assert found.add({6: click(network, 4, 5)}) == range(SLICES)
+    assert found.add({6: click(network, 4, 5, drawn=True)}) == range(SLICES)
     after = found.logits()
     moved = (after - before).flatten(2).abs().amax((0, 2))
     assert (moved[[5, 6, 7]] > 0).all()
     pixel = after[:, 6, 4, 5]
     assert pixel[2] > 0 if network.layout.regions else pixel.argmax() == 2
     unforced = volume(network, image, honour=False)
-    unforced.add({6: click(network, 4, 5)})
+    unforced.add({6: click(network, 4, 5, drawn=True)})
     differs = (unforced.logits() != after).nonzero()
     assert {tuple(place[1:].tolist()) for place in differs} <= {(6, 4, 5)}
+
+
+def test_a_click_speaks_for_pixels_around_it_and_a_drawing_does_not(
+    network: ClusteringPropagationNet, image: Tensor
+) -> None:
+    drawn, clicked = (volume(network, image) for _ in range(2))
+    drawn.add({6: click(network, 4, 5, drawn=True)})
+    clicked.add({6: click(network, 4, 5)})
+    gained = (clicked.logits().float() - drawn.logits().float())[2]
+    assert gained.min() > -2e-3
+    near = gained[6, 2:7, 3:8]
+    assert (near > 0.01).sum() > 5
+    assert gained[6, 4, 5] == 0  # it is sure in both
+    assert (gained[[5, 7]] > 0.01).any()  # 4 pixels away
+    assert (gained[[0, 1, 2, 10, 11, 12]].abs() < 2e-3).all()  # 16 pixels and more
 
 
 def test_marks_change_nothing_beyond_their_neighbours(
@@ -140,7 +162,10 @@ def test_mirrored_marks_on_a_mirrored_image(
     for axes in ((), (2,), (1, 2)):
         found = volume(network, image.flip([axis + 1 for axis in axes]), mirror=True)
         mark = click(network, 4, 5)
-        parts = (torch.nn.functional.pad(part, (0, 4)).flip(axes) for part in vars(mark).values())
+        parts = (
+            torch.nn.functional.pad(part, (0, 4)).flip([axis - 3 for axis in axes])
+            for part in vars(mark).values()
+        )
         found.add({6: Marks(*parts)})
         results.append(found.logits().flip([axis + 1 for axis in axes]))
     for result in results[1:]:

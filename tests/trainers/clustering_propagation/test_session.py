@@ -165,7 +165,7 @@ def test_predict_with_saved_prompts_is_the_session(
 ) -> None:
     session.add_point_interaction((6, 12, 14), True, label="dark", run_prediction=False)
     session.add_scribble([(4, 8, 8), (4, 12, 20)], True, label="bright")
-    session.add_point_interaction((5, 16, 20), True, label="dark")  # corrects what came before
+    session.add_point_interaction((5, 15, 21), True, label="dark")  # corrects what came before
     assert [one.round for one in session.prompts.interactions] == [0, 0, 1]
     (tmp_path / "prompts").mkdir()
     labels = session.predictor.dataset_json["labels"]
