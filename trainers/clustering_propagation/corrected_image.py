@@ -1,7 +1,7 @@
 """One image, predicted and then corrected by marks: from the image's array to the network's."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,23 @@ ChangedBox = list[list[int]]
 MOST_BYTES = 4 * 2**30
 """Of features that are kept for corrections."""
 
-Step = tuple[tuple[Interaction, ...], tuple[SlicePrompt, ...]]
-"""Interactions that can be written to a file, and all that they and others mark."""
+
+class _Waiting(NamedTuple):
+    """What waits for the next step.
+
+    Attributes
+    ----------
+    interactions : tuple of Interaction
+        That can be written to a file.
+    marks : tuple of SlicePrompt
+        All that is marked.
+    shown_before : ndarray, optional
+        The label map that was replaced meanwhile.
+    """
+
+    interactions: tuple[Interaction, ...]
+    marks: tuple[SlicePrompt, ...]
+    shown_before: np.ndarray | None
 
 
 class CorrectedImage:
@@ -58,7 +73,8 @@ class CorrectedImage:
         )
         predictor.set_case(self.properties)
         self._features = predictor.volume_features(torch.from_numpy(data), most_bytes=MOST_BYTES)
-        self.label_map = np.zeros(image.shape[1:], np.uint8)
+        highest = max(predictor.label_manager.all_labels)
+        self.label_map = np.zeros(image.shape[1:], np.uint8 if highest < 255 else np.uint16)
         """Labels of the image array, always up to date."""
         self.reset()
 
@@ -66,7 +82,7 @@ class CorrectedImage:
         """Go back to the automatic result; features are kept."""
         self.volume = self.predictor.interactive_volume(self._features)
         self._steps: list[tuple[Interaction, ...]] = []
-        self._pending: list[Step] = []
+        self._waiting: list[_Waiting] = []
         self._update(range(len(self._features)))
 
     # ---------------------------------------------------------------- positions
@@ -132,35 +148,55 @@ class CorrectedImage:
     @property
     def interactions(self) -> tuple[Interaction, ...]:
         """All so far, those that wait, too."""
-        steps: Sequence[tuple[Interaction, ...]] = [
-            *self._steps,
-            *(own for own, _ in self._pending),
-        ]
+        steps = [*self._steps, *(waiting.interactions for waiting in self._waiting)]
         return tuple(one for step in steps for one in step)
 
     def add(
-        self, interactions: tuple[Interaction, ...], marks: tuple[SlicePrompt, ...], *, run: bool
+        self,
+        interactions: tuple[Interaction, ...],
+        marks: tuple[SlicePrompt, ...],
+        *,
+        run: bool,
+        meanwhile: np.ndarray | None = None,
     ) -> ChangedBox | None:
         """Take marks into account, with those that wait; or let them wait.
+
+        Nothing changes if it fails.
+
+        Parameters
+        ----------
+        meanwhile : ndarray, optional
+            The label map while they wait.
 
         Returns
         -------
         list of list of int, or None
             The box that holds all changes; None: nothing ran, or nothing changed.
         """
-        self._pending.append((interactions, marks))
+        before = None if meanwhile is None else self.label_map.copy()
+        steps = [*self._waiting, _Waiting(interactions, marks, before)]
         if not run:
+            self._waiting = steps
+            if meanwhile is not None:
+                self.label_map[:] = meanwhile
             return None
-        together = [mark for _, waiting in self._pending for mark in waiting]
-        self._steps.append(tuple(one for own, _ in self._pending for one in own))
-        self._pending = []
+        together = [mark for step in steps for mark in step.marks]
         (changed,) = apply_prompts(self.volume, together, self.predictor.label_manager)
-        return self._update(changed)
+        try:
+            box = self._update(changed)
+        except BaseException:
+            self.volume.undo()
+            raise
+        self._steps.append(tuple(one for step in steps for one in step.interactions))
+        self._waiting = []
+        return box
 
     def undo(self) -> bool:
         """Take the last step back exactly; return whether there was one."""
-        if self._pending:
-            self._pending.pop()
+        if self._waiting:
+            shown = self._waiting.pop().shown_before
+            if shown is not None:
+                self.label_map[:] = shown
             return True
         changed = self.volume.undo()
         if changed is None:

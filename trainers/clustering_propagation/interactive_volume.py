@@ -23,7 +23,7 @@ from nnmosaic.trainers.clustering_propagation.travel import blend, travel
 from nnmosaic.trainers.clustering_propagation.volume_features import VolumeFeatures
 
 UNDO_LEVELS = 8
-"""Each keeps the logits of the slices that were changed."""
+"""Each keeps the logits of the slices that it changed."""
 UNCHANGED_SLICES, UNCHANGED_DICE = 3, 0.995
 """A correction has died out when so many slices in a row are as good as they were (3)."""
 
@@ -67,31 +67,46 @@ class _Sweep:
     before : list of State
         The memory with which each slice begins.
     centres : list of Tensor, each (copies, N, D)
-        What each slice ended with.
+        What each slice ended with; on an anchor, what it ended with before it was marked.
     logits : Tensor, shape (K, Z, H, W), half precision
+    overwritten : dict
+        Slice -> what was known of it when `begin` was called, if it is another thing now.
     """
 
     step: Literal[1, -1]
     before: list[State]
     centres: list[Tensor]
     logits: Tensor
+    overwritten: dict[int, tuple[State, Tensor, Tensor]] = field(default_factory=dict)
 
-    def part(self, changed: range) -> tuple[list[State], list[Tensor], Tensor]:
-        """Return a copy of what is known of some slices."""
-        these = slice(changed.start, changed.stop)
-        return self.before[these], self.centres[these], self.logits[:, these].clone()
+    def begin(self) -> None:
+        """Forget what was overwritten so far."""
+        self.overwritten = {}
 
-    def restore(self, changed: range, part: tuple[list[State], list[Tensor], Tensor]) -> None:
-        """Put back what `part` returned."""
-        these = slice(changed.start, changed.stop)
-        self.before[these], self.centres[these], self.logits[:, these] = part
+    def put(
+        self, index: int, *, before: State, centres: Tensor | None, logits: Tensor | None
+    ) -> None:
+        """Write what is known of a slice; None: as it was."""
+        if index not in self.overwritten:
+            old = self.before[index], self.centres[index], self.logits[:, index].clone()
+            self.overwritten[index] = old
+        self.before[index] = before
+        if centres is not None:
+            self.centres[index] = centres
+        if logits is not None:
+            self.logits[:, index] = logits
+
+    def restore(self, overwritten: Mapping[int, tuple[State, Tensor, Tensor]]) -> None:
+        """Put back what was overwritten."""
+        for index, old in overwritten.items():
+            self.before[index], self.centres[index], self.logits[:, index] = old
 
 
 @dataclass(frozen=True, eq=False)
 class _Undo:
     changed: range
     marks: Mapping[int, Marks]
-    parts: Sequence[tuple[list[State], list[Tensor], Tensor]] = field(default_factory=tuple)
+    overwritten: Sequence[Mapping[int, tuple[State, Tensor, Tensor]]]
 
 
 class InteractiveVolume:
@@ -103,6 +118,8 @@ class InteractiveVolume:
         With room for all slices, or every correction works them out again.
     distance_mm, pixel_mm : float
         Between neighbouring slices, and between neighbouring pixels.
+    undo_levels : int
+        So many calls of `add` can be taken back.
     honour_marks : bool
         Whether marked pixels get their class on their slice, whatever the network says, and speak
         for those around them.
@@ -114,6 +131,7 @@ class InteractiveVolume:
         *,
         distance_mm: float,
         pixel_mm: float,
+        undo_levels: int = UNDO_LEVELS,
         honour_marks: bool = True,
     ) -> None:
         self.features, self.distance_mm, self.honour_marks = features, distance_mm, honour_marks
@@ -121,7 +139,7 @@ class InteractiveVolume:
         self.marks: Mapping[int, Marks] = {}
         """Slice -> what was marked on it."""
         self._sweeps = [self._automatic(1), self._automatic(-1)]
-        self._undo: deque[_Undo] = deque(maxlen=UNDO_LEVELS)
+        self._undo: deque[_Undo] = deque(maxlen=undo_levels)
         self._looks: WeakKeyDictionary[Marks, Tensor] = WeakKeyDictionary()
 
     # ---------------------------------------------------------------- what is found
@@ -161,7 +179,8 @@ class InteractiveVolume:
             marks, steps = self.marks[anchor], abs(index - anchor) * self.pixels_per_slice
             if steps > FARTHEST:
                 continue
-            for share, sure in ((on, marks.on), (off, marks.off)):
+            regions = self.features.network.layout.regions
+            for share, sure in ((on, marks.on), (off, marks.off))[: 2 if regions else 1]:
                 for k in (sure & marks.clicked).flatten(1).any(1).nonzero().flatten().tolist():
                     clicked = sure[k] & marks.clicked
                     here = self.features.embeddings(index)
@@ -206,13 +225,19 @@ class InteractiveVolume:
         if not marks:
             return range(0)
         changed = self._reach(marks)
-        parts = [sweep.part(changed) for sweep in self._sweeps]
-        self._undo.append(_Undo(changed, self.marks, parts))
+        for sweep in self._sweeps:
+            sweep.begin()
+        done = _Undo(changed, self.marks, [sweep.overwritten for sweep in self._sweeps])
         added = {i: self.marks[i] + new if i in self.marks else new for i, new in marks.items()}
         self.marks = {**self.marks, **added}
-        for sweep in self._sweeps:
-            for index in sorted(marks, reverse=sweep.step < 0):
-                self._spread(sweep, index, new=marks.keys())
+        try:
+            for sweep in self._sweeps:
+                for index in sorted(marks, reverse=sweep.step < 0):
+                    self._spread(sweep, index, new=marks.keys())
+        except BaseException:
+            self._take_back(done)
+            raise
+        self._undo.append(done)
         return changed
 
     def undo(self) -> range | None:
@@ -220,10 +245,13 @@ class InteractiveVolume:
         if not self._undo:
             return None
         last = self._undo.pop()
-        self.marks = last.marks
-        for sweep, part in zip(self._sweeps, last.parts, strict=True):
-            sweep.restore(last.changed, part)
+        self._take_back(last)
         return last.changed
+
+    def _take_back(self, done: _Undo) -> None:
+        self.marks = done.marks
+        for sweep, overwritten in zip(self._sweeps, done.overwritten, strict=True):
+            sweep.restore(overwritten)
 
     def _reach(self, marks: Mapping[int, Marks]) -> range:
         """Return all slices up to the anchors around, which do not change unless marked again."""
@@ -262,15 +290,14 @@ class InteractiveVolume:
         for index in way:
             if index in self.marks:
                 if index in new:
-                    sweep.before[index] = state
+                    sweep.put(index, before=state, centres=None, logits=None)
                 return
             ((_, result, after),) = travel(
                 self.features, [index], state, distance_mm=self.distance_mm
             )
             logits = self.features.merged(result.logits)
             calm = calm + 1 if self._alike(logits, sweep.logits[:, index]) else 0
-            sweep.before[index], sweep.centres[index] = state, result.centres
-            sweep.logits[:, index] = logits
+            sweep.put(index, before=state, centres=result.centres, logits=logits)
             if calm == UNCHANGED_SLICES and not new & set(way[way.index(index) :]):
                 return
             state = after
@@ -283,13 +310,14 @@ class InteractiveVolume:
             here = features[anchor]
             weights = features.mirrored(self.marks[anchor].weights).to(features.device)
             prompts = network.pool_prompts(here, weights)
+            # The base is what was there before any mark: all marks are told again each time.
             centres = network.initial_centres(before, prompts, base=sweep.centres[anchor])
             result: SliceResult = network.decode(here, centres)
             shown = prompts.given[:, : network.layout.classes]
             gate = network.found_classes(result) | shown
             after = network.update_state(before, result, step, gate)
-        sweep.centres[anchor] = result.centres
-        sweep.logits[:, anchor] = features.merged(result.logits)
+        logits = features.merged(result.logits)
+        sweep.put(anchor, before=before, centres=None, logits=logits)
         return after
 
     def _alike(self, one: Tensor, other: Tensor) -> bool:

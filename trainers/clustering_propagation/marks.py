@@ -73,7 +73,10 @@ def _marks(prompt: SlicePrompt, labels: Any, found: Tensor) -> Marks:
     slots[[*classes.positive, *(channels + r for r in against)]] = weights
     on, off = (torch.zeros(channels, *shape, dtype=torch.bool) for _ in range(2))
     on[list(classes.positive)] = surely
-    off[list(classes.negative)] = surely
+    if labels.has_regions:
+        off[list(classes.negative)] = surely
+    else:  # a pixel that gets another label later has the first one no more
+        off[:] = surely & ~on
     clicked = surely if prompt.clicked else torch.zeros_like(surely)
     return Marks(slots, on, off, clicked)
 

@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nnmosaic.trainers.clustering_propagation.interactive_volume import InteractiveVolume
+from nnmosaic.trainers.clustering_propagation.interactive_volume import (
+    UNDO_LEVELS,
+    InteractiveVolume,
+)
 from nnmosaic.trainers.clustering_propagation.marks import apply_prompts
 from nnmosaic.trainers.clustering_propagation.slice_prompts import SlicePrompt
 from nnmosaic.trainers.clustering_propagation.sweeps import Sweep
@@ -58,16 +61,22 @@ class PropagationPredictor(MosaicPredictor):
             most_bytes=most_bytes,
         )
 
-    def interactive_volume(self, features: VolumeFeatures) -> InteractiveVolume:
+    def interactive_volume(
+        self, features: VolumeFeatures, *, undo_levels: int = UNDO_LEVELS
+    ) -> InteractiveVolume:
         """Return the volume that marks in the image change."""
-        pixel_mm = float(np.mean(self.configuration_manager.spacing))
-        return InteractiveVolume(features, distance_mm=self.slice_distance, pixel_mm=pixel_mm)
+        return InteractiveVolume(
+            features,
+            distance_mm=self.slice_distance,
+            pixel_mm=float(np.mean(self.configuration_manager.spacing)),
+            undo_levels=undo_levels,
+        )
 
     def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
         """Return logits (K, Z, H, W), half precision, of an image (channels, Z, H, W)."""
         features = self.volume_features(input_image)
         if self.prompts:
-            volume = self.interactive_volume(features)
+            volume = self.interactive_volume(features, undo_levels=0)
             apply_prompts(volume, self.prompts, self.label_manager)
             return volume.logits()
         sweeps = ("up", "down") if self.sweep == "both" else (self.sweep,)

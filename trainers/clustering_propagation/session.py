@@ -281,11 +281,7 @@ class ClusteringPropagationSession:
                 continue
             drawn = self.image.marked_voxels(voxels, label, positive=True)
             prompts += sorted(drawn, key=lambda prompt: -len(prompt.rows))[:INITIAL_SLICES]
-        changed = self._add_marks((), tuple(prompts), run_prediction)
-        if not run_prediction:
-            self.label_map[:] = segmentation
-            self._write_buffer()
-        return changed
+        return self._add_marks((), tuple(prompts), run_prediction, meanwhile=segmentation)
 
     def undo(self) -> bool:
         """Take the last mark back exactly; return whether there was one."""
@@ -335,9 +331,14 @@ class ClusteringPropagationSession:
         return self._add_marks((interaction,), self.image.marked(interaction), run)
 
     def _add_marks(
-        self, interactions: tuple[Interaction, ...], marks: tuple[SlicePrompt, ...], run: bool
+        self,
+        interactions: tuple[Interaction, ...],
+        marks: tuple[SlicePrompt, ...],
+        run: bool,
+        *,
+        meanwhile: np.ndarray | None = None,
     ) -> ChangedBox | None:
-        changed = self.image.add(interactions, marks, run=run)
+        changed = self.image.add(interactions, marks, run=run, meanwhile=meanwhile)
         self._write_buffer()
         return changed
 

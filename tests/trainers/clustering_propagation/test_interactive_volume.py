@@ -1,6 +1,7 @@
 """Corrections of a volume (spec 3; invariants 1, 2, 7, 10, 11 and 16)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -137,6 +138,46 @@ def test_undo_is_exact(network: ClusteringPropagationNet, image: Tensor) -> None
     for _ in range(UNDO_LEVELS + 1):
         found.add({1: click(network, 1, 1)})
     assert sum(found.undo() is not None for _ in range(UNDO_LEVELS + 1)) == UNDO_LEVELS
+
+
+def test_marks_that_fail_change_nothing(
+    network: ClusteringPropagationNet, image: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = volume(network, image)
+    found.add({6: click(network, 4, 5)})
+    before = found.logits()
+    spread = found._spread
+
+    def fail_downwards(sweep: Any, anchor: int, *, new: Any) -> None:
+        spread(sweep, anchor, new=new)
+        if sweep.step < 0:
+            raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(found, "_spread", fail_downwards)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        found.add({3: click(network, 4, 5, 1), 9: click(network, 2, 2)})
+    assert torch.equal(found.logits(), before)
+    assert found.undo() == range(SLICES)
+    assert found.undo() is None
+
+
+def test_undo_keeps_no_more_than_what_changed(
+    network: ClusteringPropagationNet, image: Tensor
+) -> None:
+    found = volume(network, image)
+    found.add({3: click(network, 4, 5), 5: click(network, 9, 12, 1)})
+    found.add({4: click(network, 2, 2)})
+    assert [list(kept) for kept in found._undo[-1].overwritten] == [[4], [4]]
+
+
+def test_repeated_marks_do_not_add_up(network: ClusteringPropagationNet, image: Tensor) -> None:
+    results = []
+    for times in (1, 8):
+        found = volume(network, image)
+        for _ in range(times):
+            found.add({6: click(network, 4, 5)})
+        results.append(found.logits())
+    torch.testing.assert_close(*results, rtol=2e-3, atol=2e-3)
 
 
 def test_the_order_of_marks_does_not_matter(

@@ -125,6 +125,9 @@ def test_it_starts_from_a_segmentation(session: ClusteringPropagationSession) ->
     drawn[4:8, 8:14, 9:16] = 2
     assert session.add_initial_seg_interaction(drawn) is None
     np.testing.assert_array_equal(session.label_map, drawn)
+    assert session.undo()
+    np.testing.assert_array_equal(session.label_map, automatic)
+    session.add_initial_seg_interaction(drawn)
     session.add_point_interaction((6, 18, 20), True, label="bright")
     inside = session.label_map[4:8, 9:13, 10:15]
     assert (inside == 2).mean() > 0.85  # honoured, as far as the grid of the plan allows
