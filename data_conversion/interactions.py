@@ -102,7 +102,7 @@ class Prompts:
 
 def parse_label(value: Any, labels: Labels, where: str) -> Label:
     """Return the integer, or the integers of the region, that a name or an integer stands for."""
-    known = {name: as_label(label) for name, label in labels.items() if name != IGNORE}
+    known = {name: label for name, label in named_labels(labels).items() if name != IGNORE}
     if isinstance(value, str) and value in known:
         return known[value]
     members = {
@@ -114,11 +114,17 @@ def parse_label(value: Any, labels: Labels, where: str) -> Label:
     raise InputError(f"{where}: unknown label {value!r}. The labels are {names}.")
 
 
-def as_label(value: int | Sequence[int]) -> Label:
-    """Return a value of the labels of ``dataset.json``, a region as a tuple."""
-    if isinstance(value, int):
-        return value
-    return tuple(value) if len(value) > 1 else value[0]
+def named_labels(labels: Labels) -> dict[str, Label]:
+    """Return what the names of ``dataset.json`` stand for.
+
+    Where some label is a region, all that are lists are, those of a single integer, too: its name
+    says less of a pixel than the integer, see `region_classes`.
+    """
+    regions = any(not isinstance(v, int) and len(v) > 1 for v in labels.values())
+    return {
+        name: v if isinstance(v, int) else tuple(v) if regions else v[0]
+        for name, v in labels.items()
+    }
 
 
 def parse_coordinates(value: Any, where: str) -> Coordinates:

@@ -31,7 +31,7 @@ from nnmosaic.data_conversion.interactions import (
     Point,
     Prompts,
     Scribble,
-    as_label,
+    named_labels,
     parse_coordinates,
     parse_label,
     parse_number,
@@ -265,7 +265,7 @@ _KINDS: dict[str, tuple[tuple[str, ...], Callable[..., Interaction]]] = {
 
 
 def _entry(interaction: Interaction, labels: Labels, folder: Path) -> dict[str, Any]:
-    names = {as_label(label): name for name, label in labels.items()}
+    names = {label: name for name, label in named_labels(labels).items()}
     label = interaction.label
     if label not in names and isinstance(label, tuple):
         raise InputError(f"No region of the dataset has the labels {list(label)}.")

@@ -13,7 +13,7 @@ from nnmosaic.data_conversion.dataset_json import DatasetJson, parse_dataset_jso
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.raw_dataset import Case, find_image_cases
 from nnmosaic.pipeline.prediction_run import PredictionRun, PropagationRun, RaterRun
-from nnmosaic.pipeline.propagation import propagates, read_all_prompts
+from nnmosaic.pipeline.propagation import propagates, read_all_prompts, state_of
 from nnmosaic.trainers.multi_rater.wanted_masks import (
     LATENTS,
     MAPS,
@@ -97,7 +97,8 @@ def predict(
         made_with["masks"] = {**asdict(masks), "raters": list(masks.raters)}
     marked = {} if prompts is None else read_all_prompts(prompts, cases, dataset)
     if sweep is not None or prompts is not None:
-        made_with |= {"sweep": sweep, "prompts": {c: repr(found) for c, found in marked.items()}}
+        states = {case: state_of(found) for case, found in marked.items()}
+        made_with |= {"sweep": sweep, "prompts": states}
     if skip_existing and _was_made_with(made_with, output):
         suffixes = (dataset.file_ending, ".npz") if save_probabilities else (dataset.file_ending,)
         cases = [case for case in cases if not _is_predicted(case, output, suffixes)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from nnmosaic.data_conversion.dataset_json import DatasetJson
 from nnmosaic.data_conversion.errors import InputError
-from nnmosaic.data_conversion.interactions import Prompts
+from nnmosaic.data_conversion.interactions import Mask, Prompts
 from nnmosaic.data_conversion.prompts import find_prompts, read_prompts
 from nnmosaic.data_conversion.raw_dataset import Case
 
@@ -56,3 +56,10 @@ def read_all_prompts(
     if unused:
         logger.warning("--prompts: no image belongs to %s", ", ".join(unused))
     return found
+
+
+def state_of(prompts: Prompts) -> str:
+    """Return a text that changes whenever prompts do, or a mask that they name is drawn again."""
+    masks = [one.file for one in prompts.interactions if isinstance(one, Mask)]
+    files = [(file.stat().st_size, file.stat().st_mtime_ns) for file in masks]
+    return f"{prompts} {files}"

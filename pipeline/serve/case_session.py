@@ -62,10 +62,19 @@ class CaseSession:
         return self._session.label_map
 
     def save(self, path: Path) -> None:
-        """Write the result with the geometry of the image, in one step."""
+        """Write the result with the geometry of the image, in one step.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written; then a file of this name is left as it was.
+        """
         with TemporaryDirectory(dir=path.parent) as folder:
             file = Path(folder) / path.name
-            reader_of(self._dataset).write_seg(self.label_map(), str(file), self._geometry)
+            try:
+                reader_of(self._dataset).write_seg(self.label_map(), str(file), self._geometry)
+            except RuntimeError as error:  # SimpleITK's, when the disk is full, for one
+                raise OSError(str(error)) from error
             file.replace(path)
 
     def add_point(self, coordinates_zyx: Zyx, label: str, positive: bool) -> object:

@@ -96,15 +96,16 @@ class Workbench:
             Give up clicks that are not saved.
         """
         case = self.workspace.case(name)
-        shown = self._shown
-        if shown is not None and shown.unsaved and not discard:
-            raise RefusedError(
-                f"The corrections of {shown.name} are not saved.", status=409, reason="unsaved"
-            )
         self._refuse_while_opening()
         if not self._lock.acquire(blocking=False):
             raise RefusedError(
                 "The last click is still being worked on.", status=409, reason="busy"
+            )
+        shown = self._shown
+        if shown is not None and shown.unsaved and not discard:
+            self._lock.release()
+            raise RefusedError(
+                f"The corrections of {shown.name} are not saved.", status=409, reason="unsaved"
             )
         self._opening, self._failure = (name, time.monotonic()), None
         threading.Thread(target=self._open, args=(case,), daemon=True).start()

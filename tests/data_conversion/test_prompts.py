@@ -91,7 +91,7 @@ def test_a_label_of_a_dataset_with_regions_is_an_integer_or_a_region(
     names = ("whole", "core", "enhancing", "background", 1, 3)
     path = written(*({**POINT, "label": name} for name in names))
     prompts = read_prompts(path, REGIONS)
-    assert [p.label for p in prompts.interactions] == [(1, 2, 3), (2, 3), 3, 0, 1, 3]
+    assert [p.label for p in prompts.interactions] == [(1, 2, 3), (2, 3), (3,), 0, 1, 3]
     write_prompts(prompts, tmp_path / "copy.json", REGIONS)
     assert read_prompts(tmp_path / "copy.json", REGIONS) == prompts
     with pytest.raises(InputError, match=r"unknown label 4.*whole \(\(1, 2, 3\)\)"):

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import SimpleITK
 
+from nnmosaic.data_conversion.interactions import Mask, Prompts
 from nnmosaic.pipeline.cli import main
+from nnmosaic.pipeline.propagation import state_of
 
 POINT = {"type": "point", "label": "dark", "coord": [12, 10, 4]}
 
@@ -69,6 +71,16 @@ def test_a_changed_prompt_is_predicted_again(folder: Path) -> None:
     write(folder, {**POINT, "label": "bright"})
     assert predict(folder, "out", *prompts) == 0
     assert (label_map(folder, "out", "a") != first).any()
+
+
+def test_a_mask_that_is_drawn_again_changes_prompts(tmp_path: Path) -> None:
+    mask = tmp_path / "mask.nii.gz"
+    mask.write_bytes(b"first")
+    prompts = Prompts("voxel", interactions=(Mask(1, mask),))
+    first = state_of(prompts)
+    assert state_of(prompts) == first
+    mask.write_bytes(b"second")
+    assert state_of(prompts) != first
 
 
 def test_sweeps_differ(folder: Path) -> None:

@@ -20,7 +20,7 @@ from nnmosaic.data_conversion.interactions import (
     Point,
     Prompts,
     Scribble,
-    as_label,
+    named_labels,
 )
 from nnmosaic.trainers.clustering_propagation.corrected_image import ChangedBox, CorrectedImage
 from nnmosaic.trainers.clustering_propagation.predictor import PropagationPredictor
@@ -82,7 +82,7 @@ class ClusteringPropagationSession:
             )
         self.predictor = predictor
         self.labels: dict[str, Label] = {
-            name: as_label(label) for name, label in predictor.dataset_json["labels"].items()
+            name: label for name, label in named_labels(predictor.dataset_json["labels"]).items()
             if name != "ignore"
         }  # fmt: skip
         """Names of what can be marked, with the background, and their integers."""

@@ -33,6 +33,8 @@ def test_a_label_has_its_channel_and_not_here_is_background() -> None:
         ((2, 3), True, ((WHOLE, CORE), ())),
         ((2, 3), False, ((), (CORE, ENHANCING))),
         ((1, 2, 3), False, ((), (WHOLE, CORE, ENHANCING))),
+        ((3,), True, ((WHOLE, CORE, ENHANCING), ())),
+        ((3,), False, ((), (ENHANCING,))),
     ],
 )
 def test_a_click_decides_what_it_implies(label: int, positive: bool, expected: tuple) -> None:
