@@ -76,7 +76,7 @@ class ClusteringLayer(nn.Module):
         super().__init__()
         self.layout = layout
         self.similarity = CosineLogits(width, embedding)
-        self.move = nn.Linear(width, width)
+        self.move = nn.Linear(width, width, bias=False)  # an empty cluster stays where it is
         self.norm_attention, self.norm_rest = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, HEADS, batch_first=True)
         self.rest = nn.Sequential(

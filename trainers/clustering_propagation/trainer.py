@@ -81,8 +81,12 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
         self.enable_deep_supervision = False
         self.probabilistic_oversampling = True  # exact shares in a batch of few clips
         settings = self.run_settings
-        if settings.optimizer != "sgd":
+        if not self._is_sgd:
             self.initial_lr = settings.initial_lr or self.adamw_initial_lr
+        elif self.unet_lr_factor != 1:
+            raise InputError(
+                "--set unet_lr_factor has no meaning with --optimizer sgd. Leave it out."
+            )
         plans = self.plans_manager.plans
         plan = ClusteringPlan(self.memory, self.label_manager.has_regions)
         write_section(plans, replace(read_section(plans), clustering=plan))
@@ -136,13 +140,17 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
         least = 1 if self.is_ddp else 2
         self.batch_size = max(least, self.batch_size // self.slices)
 
+    @property
+    def _is_sgd(self) -> bool:
+        return self.run_settings.optimizer == "sgd"
+
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """Return AdamW with a warm-up; nnU-Net's SGD if it is asked for."""
-        if self.run_settings.optimizer == "sgd":
-            return super().configure_optimizers()
         network = plain_network(self.network)
         # DDP asks for a gradient of all that learns.
         network.head.memory.requires_grad_(self.slices > 1)
+        if self._is_sgd:
+            return super().configure_optimizers()
         groups = parameter_groups(
             network,
             new="decoder.seg_layers.",
@@ -155,7 +163,10 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
         )
 
     def clip_gradients(self) -> None:
-        """Bound the norm of the gradients more tightly than nnU-Net."""
+        """Bound the norm of the gradients; for AdamW more tightly than nnU-Net."""
+        if self._is_sgd:
+            super().clip_gradients()
+            return
         nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM_LIMIT)
 
     # ---------------------------------------------------------------- data

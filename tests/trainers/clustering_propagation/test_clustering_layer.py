@@ -59,6 +59,18 @@ def test_a_layer_without_gates_leaves_the_centres() -> None:
     assert similarity.abs().max() <= 10.001
 
 
+def test_an_empty_cluster_is_not_moved_by_the_mean() -> None:
+    layout = CentreLayout(3, regions=False)
+    layer = ClusteringLayer(layout, 32, 16)
+    torch.nn.init.ones_(layer.gates[0])
+    centres = torch.randn(1, len(layout.owners), 32, generator=torch.Generator().manual_seed(0))
+    pixel = torch.nn.functional.normalize(torch.ones(1, 1, 16), dim=2)
+    moved, similarity = layer(centres, torch.randn(1, 1, 32), pixel)
+    nearest = int(similarity[0, :, 0].argmax())
+    changed = (moved != centres).any(2)[0].nonzero().flatten().tolist()
+    assert changed == [nearest]
+
+
 def test_equal_likeness_to_all_centres_says_nothing_of_the_class() -> None:
     equal = torch.full((1, 6, 2, 2), 1.5)
     torch.testing.assert_close(

@@ -157,6 +157,24 @@ def test_a_command_chooses_optimizer_and_rate(make: Callable[..., Any]) -> None:
         assert trainer.initial_lr == rate
 
 
+@pytest.mark.parametrize(("optimizer", "bound"), [("sgd", 12.0), (None, 1.0)])
+def test_sgd_bounds_gradients_as_nnunet_does(
+    make: Callable[..., Any], optimizer: str | None, bound: float
+) -> None:
+    trainer = make(optimizer=optimizer)
+    trainer.initialize()
+    for parameter in trainer.network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    trainer.clip_gradients()
+    norm = torch.cat([p.grad.flatten() for p in trainer.network.parameters()]).norm()
+    assert norm == pytest.approx(bound, rel=1e-3)
+
+
+def test_sgd_has_one_rate(make: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match="unet_lr_factor has no meaning with --optimizer sgd"):
+        make(optimizer="sgd", options={"unet_lr_factor": "0.1"}).initialize()
+
+
 def test_a_plain_2d_model_is_a_warm_start(
     make: Callable[..., Any], make_trainer: Callable[..., Any]
 ) -> None:
