@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+from nnmosaic.trainers.clustering_propagation.box import box_pixels
+
 KINDS = {"point": 0.6, "scribble": 0.25, "box": 0.1, "mask": 0.05}
 """How often each kind of interaction is drawn."""
 MOST_INTERACTIONS = 3
@@ -194,16 +196,14 @@ def _scribble(part: Mask, view: SliceView, generator: Generator) -> list[Interac
 def _box(part: Mask, view: SliceView, generator: Generator) -> list[Interaction]:
     """Return the inside of a box, most of all its middle, and the ring around it as background."""
     (box,) = ndimage.find_objects(part.astype(np.uint8))
-    lower = np.array([side.start for side in box]) - generator.integers(0, 2, 2)
-    upper = np.array([side.stop for side in box]) + generator.integers(0, 2, 2)
-    lower, upper = np.maximum(lower, 0), np.minimum(upper, part.shape)
-    grid = np.moveaxis(np.indices(part.shape), 0, -1) + 0.5
-    height = np.minimum(grid - lower, upper - grid) / (upper - lower)
-    weights = np.clip(height, 0, None).prod(-1) * view.annotated
+    lower = np.array([side.start for side in box]) - generator.integers(0, 2, 2) - 0.5
+    upper = np.array([side.stop for side in box]) + generator.integers(0, 2, 2) - 0.5
+    weights, ring = box_pixels(lower, upper, view.annotated.shape)
+    weights *= view.annotated
     rows, columns = np.nonzero(weights)
     pixels = Pixels(rows.astype(float), columns.astype(float), weights[rows, columns])
-    ring = ndimage.binary_dilation(height.min(-1) > 0) & (height.min(-1) <= 0) & view.background
     found = [Interaction(pixels, view.slots(part))]
+    ring &= view.background
     return [*found, *(_pixels(ring, view) if ring.any() else [])]
 
 
@@ -297,8 +297,8 @@ def splat(pixels: Pixels, shape: tuple[int, int]) -> Tensor:
 
 
 def add_to(weights: Tensor, interactions: Sequence[Interaction]) -> None:
-    """Add interactions on a slice to its weights (slots, H, W), in place."""
+    """Add interactions on a slice to its weights (slots, H, W), in place; each weighs 1."""
     for interaction in interactions:
         one = splat(interaction.pixels, (weights.shape[1], weights.shape[2])).to(weights.device)
         for slot in interaction.slots:
-            weights[slot] += one
+            weights[slot] += one / one.sum()

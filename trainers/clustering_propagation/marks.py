@@ -1,6 +1,7 @@
 """From prompts to what a volume takes: marks of slices (clustering_propagation.md, 1.6, 5.5)."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,12 +59,18 @@ def marks_of(prompts: Sequence[SlicePrompt], labels: Any, found: Found) -> dict[
 
 def _marks(prompt: SlicePrompt, labels: Any, found: Tensor) -> Marks:
     channels, *shape = found.shape
+    classes = _classes(prompt, labels)
     weights = torch.from_numpy(prompt.weight_map((shape[0], shape[1])))
+    if not (labels.has_regions or prompt.exact or prompt.positive):
+        # The ring around a box is no background where something else is found.
+        (own,) = _classes(replace(prompt, positive=True), labels).positive
+        highest = found.max(0).indices
+        weights = weights * ((highest == 0) | (highest == own))
+    weights = weights / weights.sum().clamp_min(1e-6)  # as the simulated user's
     surely = torch.zeros(*shape, dtype=torch.bool)
     if prompt.exact:
         rows, columns = (np.floor(p + 0.5).astype(int) for p in (prompt.rows, prompt.columns))
         surely[torch.from_numpy(rows), torch.from_numpy(columns)] = True
-    classes = _classes(prompt, labels)
     if labels.has_regions:
         covered = (found > 0) & (weights > 0)
         against = [r for r in classes.negative if covered[r].any()]

@@ -23,11 +23,8 @@ from nnmosaic.data_conversion.prompts import (
     Prompts,
     Scribble,
 )
+from nnmosaic.trainers.clustering_propagation.box import box_pixels
 from nnmosaic.trainers.clustering_propagation.coordinates import CaseCoordinates, ImageGeometry
-
-RING_GAP = 1
-"""Pixels between a box and the ring around it: an object may reach out of its box a little."""
-RING_WIDTH = 2
 
 ReadMask = Callable[[Path], tuple[np.ndarray, Mapping[str, Any]]]
 """As ``read_seg`` of nnU-Net's readers: array (1, z, y, x) and properties of an image file."""
@@ -236,24 +233,17 @@ def _box(box: Box, corners: np.ndarray, coordinates: CaseCoordinates) -> list[Sl
     first, last = _nearest(np.stack((corners.min(0), corners.max(0)))[:, 0], shape[0])
     half = 0.5 * coordinates.pixels_per_voxel[1:]  # the outermost voxels belong to the box
     lower, upper = corners.min(0)[1:] - half, corners.max(0)[1:] + half
-    rows, columns = np.meshgrid(*(np.arange(n, dtype=float) for n in shape[1:]), indexing="ij")
-    grid = np.stack((rows, columns), -1)
-    inside = ((grid >= lower) & (grid <= upper)).all(-1)
-    off_centre = (grid - (lower + upper) / 2) / ((upper - lower) / 2)
-    weights = np.exp(-2 * (off_centre**2).sum(-1))
-    if not inside.any():  # smaller than a pixel of the network
-        only = tuple(_nearest((lower + upper) / 2, np.array(shape[1:])))
-        inside[only], weights[only] = True, 1
-    beyond = np.maximum(lower - grid, grid - upper).max(-1)
-    ring = (beyond > RING_GAP) & (beyond <= RING_GAP + RING_WIDTH)
-    parts = [(inside, weights, box.positive)]
+    weights, ring = box_pixels(lower, upper, (shape[1], shape[2]))
+    parts = [(weights, box.positive)]
     if box.positive and ring.any():
-        parts.append((ring, np.ones_like(weights), False))
-    return [
-        SlicePrompt(
-            box.label, index, rows[where], columns[where], weight[where],
-            positive=positive, round=box.round, exact=False,
-        )
-        for index in range(int(first), int(last) + 1)
-        for where, weight, positive in parts
-    ]  # fmt: skip
+        parts.append((ring.astype(float), False))
+    found = []
+    for index in range(int(first), int(last) + 1):
+        for weight, positive in parts:
+            rows, columns = weight.nonzero()
+            prompt = SlicePrompt(
+                box.label, index, rows, columns, weight[rows, columns],
+                positive=positive, round=box.round, exact=False,
+            )  # fmt: skip
+            found.append(prompt)
+    return found

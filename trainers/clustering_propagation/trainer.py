@@ -83,7 +83,7 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
         settings = self.run_settings
         if not self._is_sgd:
             self.initial_lr = settings.initial_lr or self.adamw_initial_lr
-        elif self.unet_lr_factor != 1:
+        elif float(self.unet_lr_factor) != 1:
             raise InputError(
                 "--set unet_lr_factor has no meaning with --optimizer sgd. Leave it out."
             )

@@ -39,3 +39,14 @@ def test_only_clicks_speak_for_what_is_around_them() -> None:
     assert clicked.clicked.nonzero().tolist() == [[2, 3]]
     (drawn,) = marks_of([point(1, clicked=False)], LABELS, nothing_found).values()
     assert not drawn.clicked.any()
+
+
+def test_every_prompt_weighs_the_same_and_a_ring_spares_other_objects() -> None:
+    rows, columns = np.array([1, 2, 2]), np.array([3, 3, 4])
+    ring = SlicePrompt(1, 4, rows, columns, np.ones(3), positive=False, exact=False)
+    found = torch.zeros(3, 6, 7)
+    found[2, 2, 4] = 5.0  # another object
+    found[1, 2, 3] = 5.0  # the object itself, wrongly
+    (marks,) = marks_of([ring, point(1)], LABELS, lambda index: found).values()
+    assert marks.weights.flatten(1).sum(1).tolist() == [1, 1, 0]
+    assert marks.weights[0].nonzero().tolist() == [[1, 3], [2, 3]]
