@@ -175,6 +175,8 @@ def interaction_curves(model: Path, test: Path) -> list[dict[str, Any]]:
 def _curve(session: Any, image: Path, test: Path, user: Any) -> dict[str, Any]:
     import SimpleITK
 
+    from nnmosaic.trainers.clustering_propagation.interactive_metrics import annotated_slices
+
     case = image.name.removesuffix("_0000.nii.gz")
     path = test / "labelsTs" / f"{case}.nii.gz"
     reference = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
@@ -191,7 +193,10 @@ def _curve(session: Any, image: Path, test: Path, user: Any) -> dict[str, Any]:
             session.add_point(point.coordinates, names.get(point.label, "background"), True)
         seconds.append((time.perf_counter() - start) / max(1, len(points)))
         dice.append(_dice(reference, session))
-    return {"case": case, "dice": dice, "seconds_per_click": seconds, "clicks": len(clicked)}
+    return {
+        "case": case, "dice": dice, "seconds_per_click": seconds, "clicks": len(clicked),
+        "slices": annotated_slices(clicked, slice_axis=session.slice_axis),
+    }  # fmt: skip
 
 
 def _dice(reference: np.ndarray, session: Any) -> dict[str, float]:
@@ -257,18 +262,22 @@ def interactive_table(name: str) -> str:
         for run in runs_of(name, row):
             for case in run.get("curves", ()):
                 means = tuple(float(np.mean(list(d.values()))) for d in case["dice"])
-                curves.append(InteractionCurve(means, tuple(case["seconds_per_click"])))
+                seconds = tuple(case["seconds_per_click"])
+                curves.append(InteractionCurve(means, seconds, case["slices"]))
         if curves:
             told = interactive_report(curves, interactions=INTERACTIONS)
             dice = [f"{value:.4f}" for value in told["dice_at"].values()]
             first = told["first_click"]
+            noc = [f"{n['mean']:.1f} ({100 * n['failures']:.0f} %)" for n in told["noc"].values()]
             rows.append(
                 [row, *dice, f"{told['auc']:.4f}", f"{100 * first['gain']:+.2f}",
                  f"{100 * first['worst_quarter_gain']:+.2f}", f"{100 * told['largest_fall']:.2f}",
-                 f"{told['seconds']['median']:.2f}", str(len(curves))]
+                 *noc, f"{told['slices']:.1f}", f"{told['seconds']['median']:.2f}",
+                 str(len(curves))]
             )  # fmt: skip
     header = ["row", "Dice, 0 rounds", "1", "3", "5", "10", "AUC", "first round, points",
-              "worst quarter", "largest fall of the mean", "s per click", "cases"]  # fmt: skip
+              "worst quarter", "largest fall of the mean", "rounds to 0.85 (never)",
+              "rounds to 0.90 (never)", "slices", "s per click", "cases"]  # fmt: skip
     return table(header, rows) if rows else "No run of ours yet."
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
 from nnmosaic.data_conversion.prompts import Point
 
@@ -82,42 +81,6 @@ def annotated_slices(points: Iterable[Point], *, slice_axis: int = 0) -> int:
         In voxels, (z, y, x).
     """
     return len({round(point.coordinates[slice_axis]) for point in points})
-
-
-def surface_dice(
-    reference: np.ndarray,
-    found: np.ndarray,
-    *,
-    spacing: Sequence[float],
-    tolerance: float = 2.0,
-) -> float:
-    """Return the share of both surfaces that lies near the other one (NSD).
-
-    A surface is the voxels of a mask that touch, by a face, a voxel outside of it or the rim of
-    the array. Voxels are counted, their area is not measured: where voxels are far from cubes,
-    values differ from those of programs that triangulate.
-
-    Parameters
-    ----------
-    reference, found : ndarray, bool, shape (Z, Y, X)
-    spacing : sequence of float
-        mm, in array order.
-    tolerance : float
-        mm.
-
-    Returns
-    -------
-    float
-        1 if both masks are empty, 0 if one of them is.
-    """
-    if not reference.any() or not found.any():
-        return float(not reference.any() and not found.any())
-    surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in (reference, found)]
-    near = [
-        surface[ndimage.distance_transform_edt(~other, spacing) <= tolerance].sum()
-        for surface, other in (surfaces, surfaces[::-1])
-    ]
-    return float(sum(near) / sum(surface.sum() for surface in surfaces))
 
 
 def interactive_report(curves: Sequence[InteractionCurve], *, interactions: int) -> dict[str, Any]:

@@ -1,13 +1,12 @@
-"""Users who know the reference and click on what is wrong, to evaluate interaction.
+"""A user who knows the reference and clicks on what is wrong, to evaluate interaction.
 
 methods/clustering_propagation.md, 4: round 0 is automatic, round 1 a click in the middle of the
 object on the slice where it is largest, then one click in the middle of the largest error of the
 worst slice. Works on label maps as they are, without network or geometry.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
@@ -29,8 +28,8 @@ Voxel = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class SimulatedUser(ABC):
-    """Shows an object in round 1, and corrects it from then on.
+class OracleUser:
+    """The deterministic user: shows an object in round 1, then clicks on its worst error.
 
     Attributes
     ----------
@@ -38,10 +37,13 @@ class SimulatedUser(ABC):
         Integer of voxels of the reference that nobody annotated: neither clicked nor judged.
     slice_axis : int
         Axis of the arrays along which the network sees slices (``transpose_forward[0]``).
+    spacing : tuple of float
+        Of the two axes of a slice, mm, in their order.
     """
 
     ignore_label: int | None = None
     slice_axis: int = 0
+    spacing: tuple[float, float] = (1.0, 1.0)
 
     def click(
         self,
@@ -136,38 +138,12 @@ class SimulatedUser(ABC):
         z, y, x = in_plane
         return z, y, x
 
-    @abstractmethod
-    def _show(self, drawn: np.ndarray) -> Voxel:
-        """Return a voxel (slice, row, column) of an object, of which there is at least one."""
-
-    @abstractmethod
-    def _correct(self, missed: np.ndarray, wrong: np.ndarray, union: np.ndarray) -> Voxel | None:
-        """Return a voxel where the object was missed, or wrongly found; None: there is none.
-
-        Parameters
-        ----------
-        union : ndarray, bool
-            Where the object is, or was found.
-        """
-
-
-@dataclass(frozen=True)
-class OracleUser(SimulatedUser):
-    """The deterministic user: clicks in the middle of what is largest or worst.
-
-    Attributes
-    ----------
-    spacing : tuple of float
-        Of the two axes of a slice, mm, in their order.
-    """
-
-    spacing: tuple[float, float] = (1.0, 1.0)
-
     def _show(self, drawn: np.ndarray) -> Voxel:
         index = int(drawn.sum((1, 2)).argmax())
         return (index, *self._middle(drawn[index])[1])
 
     def _correct(self, missed: np.ndarray, wrong: np.ndarray, union: np.ndarray) -> Voxel | None:
+        """Return a voxel where an object was missed or wrongly found; ``union``: where either."""
         errors, areas = (mask.sum((1, 2)) for mask in (missed | wrong, union))
         if not errors.any():
             return None
@@ -187,21 +163,3 @@ class OracleUser(SimulatedUser):
         depth = ndimage.distance_transform_edt(largest, self.spacing)[1:-1, 1:-1]
         row, column = np.unravel_index(depth.argmax(), depth.shape)
         return int(sizes.max()), (int(row), int(column))
-
-
-@dataclass(frozen=True)
-class RandomUser(SimulatedUser):
-    """A user who clicks on any voxel: of the object in round 1, then of what is wrong.
-
-    All such voxels are equally likely, so that large errors are corrected first on average.
-    """
-
-    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
-
-    def _show(self, drawn: np.ndarray) -> Voxel:
-        z, y, x = self.rng.choice(np.argwhere(drawn)).tolist()
-        return z, y, x
-
-    def _correct(self, missed: np.ndarray, wrong: np.ndarray, union: np.ndarray) -> Voxel | None:
-        errors = missed | wrong
-        return self._show(errors) if errors.any() else None

@@ -14,7 +14,6 @@ from nnmosaic.trainers.clustering_propagation.interactive_metrics import (
     interactions_until,
     interactive_report,
     normalised_auc,
-    surface_dice,
 )
 
 
@@ -54,53 +53,6 @@ def test_slices_are_counted_once() -> None:
     assert annotated_slices(points) == 2
     assert annotated_slices(points, slice_axis=1) == 1
     assert annotated_slices([]) == 0
-
-
-def slow_surface_dice(
-    a: np.ndarray, b: np.ndarray, spacing: tuple[float, ...], tolerance: float
-) -> float:
-    def surface(mask: np.ndarray) -> np.ndarray:
-        padded = np.pad(mask, 1)
-        voxels = []
-        for voxel in np.argwhere(padded):
-            neighbours = [voxel + sign * axis for axis in np.eye(3, dtype=int) for sign in (1, -1)]
-            if not all(padded[tuple(n)] for n in neighbours):
-                voxels.append((voxel - 1) * np.array(spacing))
-        return np.array(voxels)
-
-    one, other = surface(a), surface(b)
-    distance = np.sqrt(((one[:, None] - other[None]) ** 2).sum(-1))
-    near = (distance.min(1) <= tolerance).sum() + (distance.min(0) <= tolerance).sum()
-    return float(near / (len(one) + len(other)))
-
-
-def test_surface_dice_equals_the_loop() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(10):
-        a, b = (np.zeros((6, 9, 10), bool) for _ in range(2))
-        for mask in (a, b):
-            z, y, x = rng.integers(0, 4, 3)
-            mask[z : z + 3, y : y + 5, x : x + 6] = True
-            mask &= rng.random(mask.shape) < 0.9
-        spacing = (3.0, 1.5, 0.7)
-        for tolerance in (0.5, 2.0):
-            fast = surface_dice(a, b, spacing=spacing, tolerance=tolerance)
-            assert fast == pytest.approx(slow_surface_dice(a, b, spacing, tolerance), abs=1e-12)
-
-
-def test_surface_dice_of_a_shifted_cube_by_hand() -> None:
-    a, b = (np.zeros((9, 12, 12), bool) for _ in range(2))
-    a[2:7, 2:7, 2:7], b[2:7, 2:7, 5:10] = True, True  # by three voxels of 1 mm
-    assert surface_dice(a, b, spacing=(1, 1, 1), tolerance=3) == 1
-    assert surface_dice(a, b, spacing=(1, 1, 1)) < 1
-    assert surface_dice(a, a, spacing=(1, 1, 1), tolerance=0) == 1
-
-
-def test_surface_dice_of_empty_masks() -> None:
-    none, some = np.zeros((3, 3, 3), bool), np.ones((3, 3, 3), bool)
-    assert surface_dice(none, none, spacing=(1, 1, 1)) == 1
-    assert surface_dice(none, some, spacing=(1, 1, 1)) == 0
-    assert surface_dice(some, none, spacing=(1, 1, 1)) == 0
 
 
 def test_the_report_by_hand() -> None:

@@ -1,12 +1,10 @@
 """Simulated users (spec 4 and 5.5): what they click on, and what they never do."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 
 from nnmosaic.data_conversion.prompts import Point
-from nnmosaic.trainers.clustering_propagation.oracle_user import OracleUser, RandomUser
+from nnmosaic.trainers.clustering_propagation.oracle_user import OracleUser
 
 SHAPE = (6, 16, 18)
 
@@ -139,8 +137,8 @@ def test_the_correction_equals_a_slow_search(seed: int) -> None:
     assert point.positive == (reference[voxel] == 1)
 
 
-@pytest.mark.parametrize("user", [OracleUser(ignore_label=3), RandomUser(ignore_label=3)])
-def test_a_click_is_on_an_error_never_ignored_and_never_repeated(user: Any) -> None:
+def test_a_click_is_on_an_error_never_ignored_and_never_repeated() -> None:
+    user = OracleUser(ignore_label=3)
     rng = np.random.default_rng(1)
     reference = rng.integers(0, 4, (3, 5, 6))
     current = rng.integers(0, 3, reference.shape)
@@ -203,18 +201,6 @@ def test_an_object_may_be_a_region() -> None:
     assert point.label == (1, 2)
     assert current[tuple(int(c) for c in point.coordinates)] == 0
     assert OracleUser().click(reference, np.minimum(reference, 1), (1, 2), round=2) is None
-
-
-def test_a_random_user_follows_the_generator_and_spreads_over_the_errors() -> None:
-    reference, current = empty(), empty()
-    reference[2:5, 4:6, 4:6] = 1
-
-    def clicks(seed: int) -> list[Point | None]:
-        user = RandomUser(rng=np.random.default_rng(seed))
-        return [user.click(reference, current, 1, round=r) for r in (1, 2) for _ in range(60)]
-
-    assert clicks(0) == clicks(0) != clicks(1)
-    assert len({p.coordinates for p in clicks(0) if p is not None}) == 12
 
 
 def test_arrays_of_different_shape_are_refused() -> None:
