@@ -118,6 +118,15 @@ CANDIDATES: Mapping[str, Mapping[str, str]] = {
 }
 """The search (spec section 7), written down before the first run: all on draw 0, and the half that
 is best there on draw 1."""
+CHEAP = {**AS_MEANT, "mask_fill": "foreign", "mask_min_cells": "5", "every_k": "2"}
+COMBINED: Mapping[str, Mapping[str, str]] = {
+    "foreign tissue, larger cells, every second step": CHEAP,
+    "foreign tissue, larger cells, every second step, rel_mse": {
+        **CHEAP, "reconstruction": "rel_mse",
+    },
+}  # fmt: skip
+"""The two best of draw 0 together, every second step since a default may take 1.75 plain steps:
+written down after draw 0 of the search, and before these ran."""
 SETTINGS = {
     "few4": Setting(
         "Hippocampus, 4 training cases",
@@ -136,6 +145,13 @@ SETTINGS = {
         HIPPOCAMPUS,
         4,
         {name: Row(options={**AS_MEANT, **options}) for name, options in CANDIDATES.items()},
+        draws=(0, 1),
+    ),
+    "combined": Setting(
+        "The best of the search together: hippocampus, 4 training cases",
+        HIPPOCAMPUS,
+        4,
+        {name: Row(options=options) for name, options in COMBINED.items()},
         draws=(0, 1),
     ),
     "few2": Setting("Hippocampus, 2 training cases", HIPPOCAMPUS, 2, CHOSEN_ROWS),
