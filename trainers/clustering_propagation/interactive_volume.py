@@ -19,7 +19,7 @@ from torch import Tensor
 from nnmosaic.trainers.clustering_propagation.memory import State
 from nnmosaic.trainers.clustering_propagation.nearby import FARTHEST, share_of_clicks, told
 from nnmosaic.trainers.clustering_propagation.network import SliceResult
-from nnmosaic.trainers.clustering_propagation.travel import blend, travel
+from nnmosaic.trainers.clustering_propagation.travel import blend, neighbour_of, steps_of, travel
 from nnmosaic.trainers.clustering_propagation.volume_features import VolumeFeatures
 
 UNDO_LEVELS = 8
@@ -269,10 +269,9 @@ class InteractiveVolume:
         before: list[State] = [state] * number
         centres: list[Tensor] = [torch.empty(0)] * number
         logits: Tensor | None = None
-        for index, result, after in travel(
+        for index, result, merged, after in travel(
             features, range(number)[::step], state, distance_mm=self.distance_mm
         ):
-            merged = features.merged(result.logits)
             if logits is None:
                 logits = merged.new_zeros(len(merged), number, *merged.shape[1:])
             logits[:, index], before[index], centres[index] = merged, state, result.centres
@@ -292,27 +291,33 @@ class InteractiveVolume:
                 if index in new:
                     sweep.put(index, before=state, centres=None, logits=None)
                 return
-            ((_, result, after),) = travel(
-                self.features, [index], state, distance_mm=self.distance_mm
-            )
-            logits = self.features.merged(result.logits)
+            ((_, result, logits, after),) = travel(
+                self.features, [index], state, distance_mm=self.distance_mm,
+                before=self._logits_before(sweep, index),
+            )  # fmt: skip
             calm = calm + 1 if self._alike(logits, sweep.logits[:, index]) else 0
             sweep.put(index, before=state, centres=result.centres, logits=logits)
             if calm == UNCHANGED_SLICES and not new & set(way[way.index(index) :]):
                 return
             state = after
 
+    def _logits_before(self, sweep: _Sweep, index: int) -> Tensor | None:
+        """Return the logits of the slice that a sweep visits before this one, if there is one."""
+        index -= sweep.step
+        return sweep.logits[:, index] if 0 <= index < len(self.features) else None
+
     def _decode_anchor(self, sweep: _Sweep, anchor: int) -> State:
         features, network = self.features, self.features.network
         before = sweep.before[anchor]
-        step = torch.full((len(features.copies),), self.distance_mm, device=features.device)
+        step = steps_of(features, self.distance_mm)
         with torch.inference_mode(), features.autocast():
             here = features[anchor]
             weights = features.mirrored(self.marks[anchor].weights).to(features.device)
             prompts = network.pool_prompts(here, weights)
             # The base is what was there before any mark: all marks are told again each time.
             centres = network.initial_centres(before, prompts, base=sweep.centres[anchor])
-            result: SliceResult = network.decode(here, centres)
+            neighbour = neighbour_of(features, self._logits_before(sweep, anchor), self.distance_mm)
+            result: SliceResult = network.decode(here, centres, neighbour)
             shown = prompts.given[:, : network.layout.classes]
             gate = network.found_classes(result) | shown
             after = network.update_state(before, result, step, gate)

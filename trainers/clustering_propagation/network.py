@@ -25,6 +25,7 @@ from nnmosaic.trainers.clustering_propagation.features import (
     pool,
     widths,
 )
+from nnmosaic.trainers.clustering_propagation.hint import SliceHint
 from nnmosaic.trainers.clustering_propagation.memory import MEMORIES, State
 from nnmosaic.trainers.clustering_propagation.readout import CentreLayout
 from nnmosaic.trainers.decoder_stages import decoder_stages
@@ -50,6 +51,20 @@ class PromptCentres(NamedTuple):
 
     features: Tensor
     given: Tensor
+
+
+class SliceBefore(NamedTuple):
+    """The slices that were visited before B slices.
+
+    Attributes
+    ----------
+    logits : Tensor, shape (B, heads, H, W)
+        What was found on them.
+    distance_mm : Tensor, shape (B,)
+    """
+
+    logits: Tensor
+    distance_mm: Tensor
 
 
 class SliceResult(NamedTuple):
@@ -93,6 +108,7 @@ class _ClusteringHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(layout.owners)))
         self.presence = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
         self.memory = MEMORIES[memory](width)
+        self.hint = SliceHint(layout.classes)
         self.from_user = nn.Linear(width, width, bias=False)
         nn.init.eye_(self.from_user.weight)
         self.from_user.weight.data *= PROMPT_STRENGTH
@@ -186,8 +202,10 @@ class ClusteringPropagationNet(nn.Module):
             return PromptCentres(weights.new_zeros(*given.shape, width), given)
         return PromptCentres(pool(features.inputs, weights), given)
 
-    def decode(self, features: SliceFeatures, centres: Tensor) -> SliceResult:
-        """Cluster B slices around centres (B, N, D) (1.3, 1.4)."""
+    def decode(
+        self, features: SliceFeatures, centres: Tensor, before: SliceBefore | None = None
+    ) -> SliceResult:
+        """Cluster B slices around centres (B, N, D), and look at those before (1.3, 1.4)."""
         layer_logits = []
         for layers, values, embeddings in zip(
             self.head.layers, features.values, features.embeddings, strict=True
@@ -198,6 +216,8 @@ class ClusteringPropagationNet(nn.Module):
                 layer_logits.append(self.layout.class_logits(found))
         found = self.head.mask(centres, features.mask_map.flatten(2)) + self.head.bias[:, None]
         logits = self.layout.class_logits(found.unflatten(2, features.mask_map.shape[2:]))
+        if before is not None:
+            logits = self.head.hint(logits, *before)
         presence = self.head.presence(centres[:, self._first])[..., 0]
         return SliceResult(logits, layer_logits, presence, centres)
 
@@ -283,11 +303,17 @@ class ClusteringPropagationNet(nn.Module):
             turned = here == clip.start - 1
             before = torch.where(turned, clip.start, order[:, max(step - 1, 0)])
             state = after_start.where(turned, state)
+            distance = (clip.positions[lanes, here] - clip.positions[lanes, before]).abs()
+            neighbours = None
+            if found:
+                last, first = found[-1].logits.detach(), found[0].logits.detach()
+                seen = torch.where(turned[:, None, None, None], first, last)
+                neighbours = SliceBefore(seen, distance)
             prompts = self.pool_prompts(current, clip.prompts[lanes, here])
             base = self._base(clip, state) if step == 0 else None
-            result = self.decode(current, self.initial_centres(state, prompts, base=base))
+            centres = self.initial_centres(state, prompts, base=base)
+            result = self.decode(current, centres, neighbours)
             gate = self.found_classes(result) if clip.gate is None else clip.gate[lanes, here]
-            distance = (clip.positions[lanes, here] - clip.positions[lanes, before]).abs()
             gate = gate | prompts.given[:, : self.layout.classes]  # the user points at these
             state = self.update_state(state, result, distance, gate)
             after_start = state if step == 0 else after_start

@@ -94,14 +94,15 @@ class PropagationPredictor(MosaicPredictor):
     def _swept(self, features: VolumeFeatures, sweep: str) -> Iterator[tuple[int, Tensor]]:
         """Yield index and logits (K, H, W) of all slices."""
         ways = self._ways(features, sweep)
-        state = empty = features.network.initial_state(len(features.copies))
+        state = features.network.initial_state(len(features.copies))
+        before: Tensor | None = None
         for way in ways:
-            for index, result, after in travel(
-                features, way, state, distance_mm=self.slice_distance
+            for slice_ in travel(
+                features, way, state, distance_mm=self.slice_distance, before=before
             ):
-                if index == ways[0][0]:
-                    state = empty if sweep == "none" else after
-                yield index, features.merged(result.logits)
+                if slice_.number == ways[0][0] and sweep != "none":
+                    state, before = slice_.state, slice_.logits
+                yield slice_.number, slice_.logits
 
     def _ways(self, features: VolumeFeatures, sweep: str) -> list[Sequence[int]]:
         """Return the orders in which slices are visited; each goes on from the very first slice."""
@@ -119,7 +120,7 @@ class PropagationPredictor(MosaicPredictor):
         empty = features.network.initial_state(len(features.copies))
         scores = {}
         for index in range(0, len(features), LOOKED_AT):
-            ((_, result, _),) = travel(features, [index], empty, distance_mm=0)
+            ((_, result, _, _),) = travel(features, [index], empty, distance_mm=0)
             seen = result.presence.sigmoid() * layout.areas(result.logits)
             scores[index] = float(seen[:, 0 if layout.regions else 1 :].sum())
         return max(scores, key=scores.__getitem__)

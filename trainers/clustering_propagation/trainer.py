@@ -62,9 +62,9 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
     interactive_fraction: Fraction = Fraction(0.5)
     """Share of the clips on which a user is simulated."""
     unet_lr_factor: Positive = Positive(1.0)
-    """Learning rate of the U-Net relative to the new parts: 0.1 after ``-pretrained_weights``."""
+    """Of the learning rate, for the U-Net alone: 0.1 after ``-pretrained_weights``."""
 
-    adamw_initial_lr = 3e-4
+    adamw_initial_lr = 1.5e-3
     predictor_class = PropagationPredictor
     batch_size: int
 
@@ -148,13 +148,14 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
         """Return AdamW with a warm-up; nnU-Net's SGD if it is asked for."""
         network = plain_network(self.network)
         # DDP asks for a gradient of all that learns.
-        network.head.memory.requires_grad_(self.slices > 1)
+        for part in (network.head.memory, network.head.hint):
+            part.requires_grad_(self.slices > 1)
         if self._is_sgd:
             return super().configure_optimizers()
         groups = parameter_groups(
             network,
             new="decoder.seg_layers.",
-            factor=self.unet_lr_factor,
+            unet_factor=self.unet_lr_factor,
             weight_decay=self.weight_decay,
         )
         optimizer = torch.optim.AdamW(groups, self.initial_lr)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nnmosaic.trainers.clustering_propagation.clip import Clip, visiting_order
 from nnmosaic.trainers.clustering_propagation.features import choose_levels, pool, widths
 from nnmosaic.trainers.clustering_propagation.memory import MEMORIES
-from nnmosaic.trainers.clustering_propagation.network import ClusteringPropagationNet
+from nnmosaic.trainers.clustering_propagation.network import ClusteringPropagationNet, SliceBefore
 
 CLASSES, HEIGHT, WIDTH = 3, 24, 16
 SHAPE = (HEIGHT, WIDTH)
@@ -73,10 +73,12 @@ def automatic(images: Tensor, slots: int, start: int = 0) -> Clip:
 def sweep(network: ClusteringPropagationNet, slices: Tensor) -> Tensor:
     """Propagate through (B, T, C, H, W) by the public steps, one slice after another."""
     state = network.initial_state(len(slices))
-    logits = []
+    distance = torch.full((len(slices),), 2.5)
+    logits: list[Tensor] = []
     for x in slices.unbind(1):
-        result = network.decode(network.encode(x), network.initial_centres(state))
-        state = network.update_state(state, result, torch.full((len(x),), 2.5))
+        before = SliceBefore(logits[-1], distance) if logits else None
+        result = network.decode(network.encode(x), network.initial_centres(state), before)
+        state = network.update_state(state, result, distance)
         logits.append(result.logits)
     return torch.stack(logits, 1)
 

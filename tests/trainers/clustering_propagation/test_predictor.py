@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nnmosaic.trainers.clustering_propagation.network import ClusteringPropagationNet
+from nnmosaic.trainers.clustering_propagation.network import (
+    ClusteringPropagationNet,
+    SliceBefore,
+)
 from nnmosaic.trainers.clustering_propagation.predictor import PropagationPredictor
 from nnmosaic.trainers.clustering_propagation.sweeps import SWEEPS
 from nnmosaic.trainers.clustering_propagation.travel import travel
@@ -60,9 +63,12 @@ def test_a_sweep_up_is_the_loop_over_slices(predictor: PropagationPredictor, ima
     padded = functional.pad(image, (1, 1, 0, 1))
     state = network.initial_state(1)
     with torch.no_grad():
+        before = None
         for z, found in enumerate(predict(predictor, image, "up").unbind(1)):
             centres = network.initial_centres(state)
-            result = network.decode(network.encode(padded[None, :, z]), centres)
+            result = network.decode(network.encode(padded[None, :, z]), centres, before)
+            inside = functional.pad(result.logits[..., :15, 1:-1], (1, 1, 0, 1))
+            before = SliceBefore(inside, torch.tensor([3.0]))
             torch.testing.assert_close(found, result.logits[0, :, :15, 1:-1], **HALF)
             state = network.update_state(state, result, torch.tensor([3.0]))
     assert (predict(predictor, image, "up") - predict(predictor, image, "none")).abs().max() > 0.05
@@ -101,7 +107,7 @@ def test_the_fullest_slice_shows_most(predictor: PropagationPredictor, image: Te
     empty = predictor.network.initial_state(1)
     scores = []
     for z in range(0, 19, 4):
-        ((_, result, _),) = travel(features, [z], empty, distance_mm=0)
+        ((_, result, _, _),) = travel(features, [z], empty, distance_mm=0)
         labels = result.logits[0].argmax(0)
         presence = result.presence[0].sigmoid()
         scores.append(sum(float(presence[k]) * int((labels == k).sum()) for k in (1, 2)))
