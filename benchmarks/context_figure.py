@@ -16,7 +16,7 @@ from benchmarks.report import ROOT
 from nnmosaic.data_conversion.atomic_write import read_json, replacing
 
 RUN = "context__few4__teacher_as_meant__kl__0__0"
-FIGURE = ROOT / "docs" / "context_reconstruction.png"
+FIGURE = ROOT / "docs" / "images" / "context_reconstruction.png"
 COLOURS = ("#e69f00", "#56b4e9")
 RATIO = 0.4
 

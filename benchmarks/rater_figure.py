@@ -15,7 +15,7 @@ from benchmarks.multi_rater import SECOND, SETTINGS
 from benchmarks.report import ROOT
 from nnmosaic.data_conversion.atomic_write import read_json, replacing
 
-FIGURE = ROOT / "docs" / "many_raters.png"
+FIGURE = ROOT / "docs" / "images" / "many_raters.png"
 COLOURS = ("#e69f00", "#56b4e9")
 SAMPLES = 16
 WINDOW = 220
