@@ -44,9 +44,15 @@ VARIANTS: Mapping[str, Variant | None] = {
         {"loss_form": "authors", "entropy": "full"},
     ),
     "context reconstruction": (CONTEXT, {}),
-    "context reconstruction without teacher": (CONTEXT, {"reconstruction_weight": "0"}),
-    "context reconstruction, every second step": (CONTEXT, {"every_k": "2"}),
-    "context reconstruction, half of the batch": (CONTEXT, {"masked_fraction": "0.5"}),
+    "context reconstruction, full form": (CONTEXT, {"every_k": "1"}),
+    "context reconstruction, full form without teacher": (
+        CONTEXT,
+        {"every_k": "1", "reconstruction_weight": "0"},
+    ),
+    "context reconstruction, full form, half of the batch": (
+        CONTEXT,
+        {"every_k": "1", "masked_fraction": "0.5"},
+    ),
     "self-disambiguation and context": (f"{SELF_DISAMBIGUATION}Context", {}),
 }
 

@@ -47,10 +47,10 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
     """Columns through the patch along its first axis, single cells, or columns along any axis."""
     mask_ratio: Fraction = Fraction(0.4)
     """Fraction of the cells that is hidden."""
-    mask_min_cells: Count = Count(6)
+    mask_min_cells: Count = Count(5)
     """A cell is the largest product of the network's strides that leaves this many per axis."""
-    mask_fill: Fill = "zero"
-    """What stands at hidden voxels: 0, noise, or another sample of the batch."""
+    mask_fill: Fill = "foreign"
+    """What stands at hidden voxels: 0, noise, or another sample of the batch; of one sample 0."""
     mask_foreground: bool = False
     """Hide cells full of foreground ten times as often as empty ones."""
     mask_per_sample: bool = True
@@ -61,7 +61,7 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
     """Of the labels in the masked pass."""
     masked_fraction: Fraction = Fraction(1.0)
     """Share of the batch that is masked; at least one sample."""
-    every_k: Count = Count(1)
+    every_k: Count = Count(2)
     """The masked pass takes place in every k-th iteration."""
     reconstruction: ReconstructionForm = "kl"
     """How student and teacher are compared; see `reconstruction_loss`."""
@@ -85,12 +85,13 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
         """Initialise, and check what the options ask of plan and batch."""
         super().initialize()
         if self._has_masked_pass:
-            for name, value in (("mask_fill", "foreign"), ("reconstruction_goal", "complement")):
-                if getattr(self, name) == value and self.batch_size < 2:
-                    raise InputError(
-                        f"--set {name}={value} needs a batch of at least 2 samples on every GPU. "
-                        "Leave it out."
-                    )
+            if self.batch_size < 2 and self._complementary:
+                raise InputError(
+                    "--set reconstruction_goal=complement needs a batch of at least 2 samples on "
+                    "every GPU. Leave it out."
+                )
+            if self.mask_fill == "foreign" and self.batch_size < 2:
+                self.print_to_log_file("A batch of one: hidden voxels are 0, not foreign tissue")
             grid = self._grid
             try:
                 for ratio in (self.mask_ratio, self._ratio_at(0)):
@@ -103,6 +104,10 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
     @property
     def _has_masked_pass(self) -> bool:
         return self.masked_weight > 0 or self.reconstruction_weight > 0
+
+    @property
+    def _fill(self) -> Fill:
+        return "zero" if self.mask_fill == "foreign" and self.batch_size < 2 else self.mask_fill
 
     @property
     def _complementary(self) -> bool:
@@ -141,7 +146,7 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
             hidden[len(hidden) // 2 :] = ~hidden[: len(hidden) // 2]
         filled = filler(
             batch["data"],
-            self.mask_fill,
+            self._fill,
             generator=lambda: generator_of(*counter, 2, device=self.device),
             others=batch["others"],
             label_channels=len(self.label_manager.foreground_labels) if self.is_cascaded else 0,
@@ -181,7 +186,7 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
         """Return the samples that are masked, each beside the next one of the batch in "others"."""
         data = batch["data"]
         samples = len(data)
-        batch = {**batch, "others": data.roll(-1, 0) if self.mask_fill == "foreign" else data}
+        batch = {**batch, "others": data.roll(-1, 0) if self._fill == "foreign" else data}
         number = max(1, round(self.masked_fraction * samples))
         if self._complementary:
             number = max(1, number // 2)

@@ -26,6 +26,8 @@ from nnmosaic.trainers.self_disambiguation_context import nnUNetTrainerSelfDisam
 
 Ours = nnUNetTrainerContextReconstruction
 Make = Callable[..., Any]
+FULL_FORM = {"every_k": "1", "mask_fill": "zero", "mask_min_cells": "6"}
+"""A masked pass in every step, with holes that can be told from the image."""
 IMAGE = "imagesTr/case00_0000.nii.gz"
 
 
@@ -71,8 +73,8 @@ def unchanged(plans: dict[str, Any], dataset: dict[str, Any]) -> None:
 def started(make_trainer: Make, plans_of: Make) -> Callable[..., Any]:
     """Return a function that makes a small network's trainer, with its teacher, for scripts.
 
-    ``change`` alters plans and dataset.json; further keywords are options. ``inputs`` of the
-    trainer collects what its network is given.
+    ``change`` alters plans and dataset.json; further keywords are options, besides `FULL_FORM`
+    (unless ``defaults``). ``inputs`` of the trainer collects what its network is given.
     """
 
     def start(
@@ -84,6 +86,7 @@ def started(make_trainer: Make, plans_of: Make) -> Callable[..., Any]:
         settings: dict[str, Any] | None = None,
         script: Callable[[Any], Any] = lambda _: (None, None),
         begin: bool = True,
+        defaults: bool = False,
         **options: str,
     ) -> Any:
         template = make_trainer(cls, dataset)
@@ -101,7 +104,8 @@ def started(make_trainer: Make, plans_of: Make) -> Callable[..., Any]:
         change(plans, content)
         trainer: Any = cls(plans, "3d_fullres", 0, content, torch.device("cpu"))
         trainer.enable_deep_supervision = deep_supervision
-        wanted = {"seed": 1, **(settings or {}), "options": options or None}
+        full_form = FULL_FORM if issubclass(cls, Ours) and not defaults else {}
+        wanted = {"seed": 1, **(settings or {}), "options": {**full_form, **options} or None}
         trainer.request_settings(RunSettings(**wanted).over(template.run_settings))
         trainer.get_dataloaders = lambda: script(trainer)
         if begin:
@@ -395,7 +399,7 @@ def test_a_plain_checkpoint_starts_a_teacher_and_says_so(started: Make) -> None:
     plain = started(cls=nnUNetTrainerMosaic)
     path = f"{plain.output_folder}/checkpoint_latest.pth"
     plain.save_checkpoint(path)
-    trainer = started(begin=False)
+    trainer = started(begin=False, defaults=True)
     trainer.load_checkpoint(path)
     trainer.on_train_start()
     weights = plain.network.state_dict()
@@ -575,13 +579,32 @@ def test_options_that_cannot_work_are_refused(
         make_trainer(Ours, options=options).initialize()
 
 
-@pytest.mark.parametrize(
-    "option", [{"mask_fill": "foreign"}, {"reconstruction_goal": "complement"}]
-)
-def test_pairs_need_another_sample(make_trainer: Make, option: dict[str, str]) -> None:
-    trainer = make_trainer(Ours, batch_size=1, options=option)
+def test_pairs_need_another_sample(make_trainer: Make) -> None:
+    trainer = make_trainer(Ours, batch_size=1, options={"reconstruction_goal": "complement"})
     with pytest.raises(InputError, match="needs a batch of at least 2"):
         trainer.initialize()
+
+
+def test_one_sample_has_holes_of_zero(started: Make) -> None:
+    trainer = started(settings={"batch_size": 1}, mask_fill="foreign")
+    batch = scripted(trainer, 0, samples=1)
+    trainer.train_step(batch)
+    clean, masked = trainer.inputs
+    assert set(masked[masked != clean].tolist()) == {0}
+    log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
+    assert "hidden voxels are 0, not foreign tissue" in log
+
+
+def test_the_default_is_the_recipe_that_was_chosen(make_trainer: Make) -> None:
+    """By benchmarks/context_reconstruction.py; each of it is a choice that costs or saves time."""
+    trainer = make_trainer(Ours)
+    trainer.initialize()
+    assert (trainer.every_k, trainer.mask_fill, trainer.mask_min_cells) == (2, "foreign", 5)
+    assert (trainer.mask_kind, trainer.mask_ratio, trainer.reconstruction) == ("block", 0.4, "kl")
+    passes = []
+    for trainer.iteration in range(4):
+        passes.append(len(trainer.further_passes({})))
+    assert passes == [1, 0, 1, 0]
 
 
 # -------------------------------------------------------------------- several processes, sources
@@ -607,7 +630,8 @@ for batch_dice, options in ((True, {}), (False, {}), (False, LOGITS)):
         trainer.disable_checkpointing = True
         trainer.request_settings(RunSettings(
             seed=5, epochs=1,
-            options={"reconstruction_ramp": "0", "momentum_warmup": "0.9", **options}))
+            options={"reconstruction_ramp": "0", "momentum_warmup": "0.9", "every_k": "1",
+                     "mask_fill": "zero", "mask_min_cells": "6", **options}))
         trainer.initialize()
     mine = slice(rank * 2, rank * 2 + 2) if world > 1 else slice(0, 4)
     if world > 1:
