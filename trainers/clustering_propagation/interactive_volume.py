@@ -172,24 +172,23 @@ class InteractiveVolume:
 
     def _told(self, logits: Tensor, index: int) -> Tensor:
         """Return logits (K, H, W) of a slice that follow the marks on the anchors around it."""
+        regions = self.features.network.layout.regions
         on, off = torch.zeros(2, *logits.shape)
         if index in self.marks:
             on, off = self.marks[index].on.float(), self.marks[index].off.float()
         for anchor in {anchor for anchor in self._anchors_around(index) if anchor is not None}:
             marks, steps = self.marks[anchor], abs(index - anchor) * self.pixels_per_slice
-            if steps > FARTHEST:
+            if steps > FARTHEST or not marks.clicked.any():
                 continue
-            regions = self.features.network.layout.regions
-            for share, sure in ((on, marks.on), (off, marks.off))[: 2 if regions else 1]:
+            here, looks = self.features.embeddings(index), self._look_of(anchor)
+            kinds = [(on, marks.on), (off, marks.off)] if regions else [(on, marks.on)]
+            for share, sure in kinds:
                 for k in (sure & marks.clicked).flatten(1).any(1).nonzero().flatten().tolist():
                     clicked = sure[k] & marks.clicked
-                    here = self.features.embeddings(index)
-                    looks = self._look_of(anchor)[clicked[marks.clicked]]
-                    near = share_of_clicks(clicked, looks, here, steps=steps)
+                    look = looks[clicked[marks.clicked]]
+                    near = share_of_clicks(clicked, look, here, steps=steps)
                     share[k] = torch.maximum(share[k], near)
-        if not (on.any() or off.any()):
-            return logits
-        return told(logits, on, off, regions=self.features.network.layout.regions)
+        return told(logits, on, off, regions=regions) if on.any() or off.any() else logits
 
     def _look_of(self, anchor: int) -> Tensor:
         """Return the embeddings (P, E) of the clicked pixels of a slice."""
