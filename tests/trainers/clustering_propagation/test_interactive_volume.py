@@ -100,7 +100,7 @@ def test_a_click_speaks_for_pixels_around_it_and_a_drawing_does_not(
     gained = (clicked.logits().float() - drawn.logits().float())[2]
     assert gained.min() > -2e-3
     near = gained[6, 2:7, 3:8]
-    assert (near > 0.01).sum() > 5
+    assert (near > 0.01).sum() >= 3  # those that look alike to this random network
     assert gained[6, 4, 5] == 0  # it is sure in both
     assert (gained[[5, 7]] > 0.01).any()  # 4 pixels away
     assert (gained[[0, 1, 2, 10, 11, 12]].abs() < 2e-3).all()  # 16 pixels and more
