@@ -268,6 +268,27 @@ class CaseCoordinates:
         return moved
 
 
+def filled(voxels: np.ndarray, to_network: np.ndarray) -> np.ndarray:
+    """Return positions all over voxels, so dense that no pixel of the network between them is left.
+
+    Parameters
+    ----------
+    voxels : ndarray, shape (N, 3)
+        Indices.
+    to_network : ndarray, shape (4, 4)
+        From these indices to pixels of the network.
+
+    Returns
+    -------
+    ndarray, shape (M, 3), of float
+        In the same coordinates as the voxels.
+    """
+    pixels = np.maximum(np.ceil(np.abs(to_network[:3, :3]).sum(0) - TOLERANCE), 1).astype(int)
+    offsets = np.meshgrid(*((np.arange(n) + 0.5) / n - 0.5 for n in pixels), indexing="ij")
+    within: np.ndarray = voxels[:, None] + np.stack(offsets, -1).reshape(1, -1, 3)
+    return within.reshape(-1, 3)
+
+
 def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
     result: np.ndarray = points @ matrix[:3, :3].T + matrix[:3, 3]
     return result

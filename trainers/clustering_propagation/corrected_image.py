@@ -8,7 +8,7 @@ import torch
 
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.interactions import Coordinates, Interaction, Label, Prompts
-from nnmosaic.trainers.clustering_propagation.coordinates import CaseCoordinates
+from nnmosaic.trainers.clustering_propagation.coordinates import CaseCoordinates, filled
 from nnmosaic.trainers.clustering_propagation.label_map import write_labels
 from nnmosaic.trainers.clustering_propagation.marks import apply_prompts
 from nnmosaic.trainers.clustering_propagation.predictor import PropagationPredictor
@@ -121,7 +121,8 @@ class CorrectedImage:
         self, voxels: np.ndarray, label: Label, *, positive: bool
     ) -> tuple[SlicePrompt, ...]:
         """Return what voxels (P, 3) of the image array mark on each slice."""
-        points = self._coordinates.array_points_to_network(voxels.astype(float), where="mark")
+        dense = filled(voxels, self._coordinates.array_to_network)
+        points = self._coordinates.array_points_to_network(dense, where="mark")
         return tuple(
             by_slice(points, self._coordinates, label, positive=positive, round=self.round)
         )

@@ -24,7 +24,11 @@ from nnmosaic.data_conversion.prompts import (
     Scribble,
 )
 from nnmosaic.trainers.clustering_propagation.box import box_pixels
-from nnmosaic.trainers.clustering_propagation.coordinates import CaseCoordinates, ImageGeometry
+from nnmosaic.trainers.clustering_propagation.coordinates import (
+    CaseCoordinates,
+    ImageGeometry,
+    filled,
+)
 
 ReadMask = Callable[[Path], tuple[np.ndarray, Mapping[str, Any]]]
 """As ``read_seg`` of nnU-Net's readers: array (1, z, y, x) and properties of an image file."""
@@ -214,13 +218,17 @@ def _mask_points(
         raise InputError(f"{where}: no voxel is above 0. Draw the label, or remove the entry.")
     mask = ImageGeometry.from_reader(properties, array.shape)
     if mask.array_to_world is not None and coordinates.geometry.array_to_world is not None:
-        world = voxels @ mask.array_to_world[:3, :3].T + mask.array_to_world[:3, 3]
+        from_world = np.linalg.inv(coordinates.geometry.array_to_world)
+        to_network = coordinates.array_to_network @ from_world @ mask.array_to_world
+        world = filled(voxels, to_network) @ mask.array_to_world[:3, :3].T
+        world += mask.array_to_world[:3, 3]
         return coordinates.to_network(world, space="world", where=where)
     if array.shape != coordinates.geometry.shape:
         raise InputError(
             f"{where}: the shape is {list(array.shape)}, that of the image "
             f"{list(coordinates.geometry.shape)}. Draw the mask on the image."
         )
+    voxels = filled(voxels, coordinates.array_to_network)
     return coordinates.array_points_to_network(voxels, where=where)
 
 

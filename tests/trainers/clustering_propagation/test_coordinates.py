@@ -16,7 +16,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from scipy.spatial.transform import Rotation
 
 from nnmosaic.data_conversion.errors import InputError
-from nnmosaic.trainers.clustering_propagation.coordinates import CaseCoordinates, ImageGeometry
+from nnmosaic.trainers.clustering_propagation.coordinates import (
+    CaseCoordinates,
+    ImageGeometry,
+    filled,
+)
 
 SHAPE = (9, 26, 22)  # z, y, x
 READERS = (SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorient)
@@ -246,3 +250,18 @@ def test_a_bright_voxel_is_hit_by_its_own_click(tmp_path: Path, reader: type, se
         hit = case.to_network(np.array(point)[None], **frame)[0]
         assert np.abs(hit - brightest).max() <= 1, frame
         assert data[(0, *np.floor(hit + 0.5).astype(int))] > 300
+
+
+def test_filled_voxels_leave_no_pixel_between_them() -> None:
+    voxels = np.argwhere(np.ones((1, 3, 4)))
+    to_network = np.diag([1.0, 2.3, 0.6, 1.0])
+    points = filled(voxels, to_network)
+    assert (np.abs(points[:, None] - voxels[None]).max(2).min(1) < 0.5).all()
+    pixels = {tuple(p) for p in np.floor(points @ to_network[:3, :3].T + 0.5).astype(int).tolist()}
+    inside = [
+        (0, row, column)
+        for row in range(-1, 9)
+        for column in range(-1, 4)
+        if -0.5 < row / 2.3 < 2.5 and -0.5 < column / 0.6 < 3.5
+    ]
+    assert set(inside) <= pixels

@@ -172,9 +172,10 @@ def test_a_mask_covers_the_volume_or_one_slice(tmp_path: Path) -> None:
     assert [p.slice_index for p in whole] == [5, 6]
     assert [p.slice_index for p in single] == [5]
     for found in (whole[0], single[0]):
-        assert np.allclose(np.unique(found.rows), [6.5, 8.5, 10.5], atol=1e-4)
+        # A voxel is two pixels high.
+        assert np.allclose(np.unique(found.rows.round(4)), [6, 7, 8, 9, 10, 11], atol=1e-4)
         assert np.allclose(np.unique(found.columns.round(4)), [7, 8])
-        assert found.weights.tolist() == [1.0] * 6
+        assert found.weights.tolist() == [1.0] * 12
 
 
 def test_a_mask_that_is_empty_or_elsewhere_is_an_error(tmp_path: Path) -> None:
