@@ -234,11 +234,11 @@ def result_path(setting: str, row: str, draw: int, seed: int) -> Path:
     return FOLDER / file_name(setting, row, draw, seed)
 
 
-def best_half(seed: int) -> list[str]:
+def best_half() -> list[str]:
     """Return the candidates of the search with the highest mean Dice on draw 0, best first."""
     dice = {}
     for row in CANDIDATES:
-        found = mean_dice([read_json(result_path("search", row, 0, seed))])
+        found = mean_dice([read_json(result_path("search", row, 0, 0))])
         dice[row] = np.mean(list(found.values()))
     return sorted(CANDIDATES, key=lambda row: -dice[row])[: len(CANDIDATES) // 2]
 
@@ -256,9 +256,11 @@ def runs_of_draw(
     runs = {}
     for name in settings:
         for seed in seeds if draw in SETTINGS[name].draws else ():
-            rows = best_half(seed) if name == "search" and draw else list(SETTINGS[name].rows)
+            rows = list(SETTINGS[name].rows)
             if seed:  # a further one confirms what was chosen
                 rows = [row for row in rows if row in CONFIRMED]
+            elif name == "search" and draw:
+                rows = best_half()
             for row in rows:
                 run = (name, row, str(draw), str(draw + seed))
                 runs[result_path(name, row, draw, draw + seed)] = run
