@@ -8,9 +8,6 @@ from nnmosaic.trainers.resumable import BudgetedPolyLRScheduler
 
 NEW_WEIGHT_DECAY = 0.05
 """Of matrices that are not the U-Net's."""
-NEW_FACTOR = 0.2
-"""Of the learning rate, for what is not the U-Net's: plans hold a rate for convolutions, which is
-too high for attention."""
 WARM_UP_EPOCHS, WARM_UP_SHARE = 10, 0.1
 """Epochs of rising rate: so many, or this share of a shorter training or of its time budget."""
 
@@ -29,7 +26,7 @@ class WarmUpPolyScheduler(BudgetedPolyLRScheduler):
 
 
 def parameter_groups(
-    network: nn.Module, *, new: str, unet_factor: float, weight_decay: float
+    network: nn.Module, *, new: str, factor: float, weight_decay: float
 ) -> list[dict[str, Any]]:
     """Return AdamW's groups: new parts and U-Net, each with and without decay.
 
@@ -39,8 +36,8 @@ def parameter_groups(
     new : str
         What the names of the new parts begin with. What they learn as such, vectors that are no
         matrix's, does not decay; "queries" are such vectors, though they are stored as a matrix.
-    unet_factor : float
-        Of the learning rate, for the U-Net.
+    factor : float
+        Learning rate of the U-Net relative to the new parts.
     weight_decay : float
         Of the U-Net's matrices.
     """
@@ -51,7 +48,7 @@ def parameter_groups(
     return [
         {
             "params": parameters,
-            "factor": NEW_FACTOR if is_new else unet_factor,
+            "factor": 1.0 if is_new else factor,
             "weight_decay": (NEW_WEIGHT_DECAY if is_new else weight_decay) if decays else 0.0,
         }
         for (is_new, decays), parameters in sorted(groups.items(), reverse=True, key=lambda g: g[0])

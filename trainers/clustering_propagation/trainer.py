@@ -62,9 +62,9 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
     interactive_fraction: Fraction = Fraction(0.5)
     """Share of the clips on which a user is simulated."""
     unet_lr_factor: Positive = Positive(1.0)
-    """Of the learning rate, for the U-Net alone: 0.1 after ``-pretrained_weights``."""
+    """Learning rate of the U-Net relative to the new parts: 0.1 after ``-pretrained_weights``."""
 
-    adamw_initial_lr = 1.5e-3
+    adamw_initial_lr = 3e-4
     predictor_class = PropagationPredictor
     batch_size: int
 
@@ -155,7 +155,7 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
         groups = parameter_groups(
             network,
             new="decoder.seg_layers.",
-            unet_factor=self.unet_lr_factor,
+            factor=self.unet_lr_factor,
             weight_decay=self.weight_decay,
         )
         optimizer = torch.optim.AdamW(groups, self.initial_lr)

@@ -128,9 +128,9 @@ def test_rates_and_decay_follow_the_role_of_a_weight(make: Callable[..., Any]) -
     }
     assert len(roles) == len(names)
     head = "decoder.seg_layers."
-    assert roles[f"{head}queries"] == roles[f"{head}bias"] == roles[f"{head}user"] == (0.2, 0)
-    assert roles[f"{head}layers.0.0.gates.1"] == roles[f"{head}presence.0.weight"] == (0.2, 0)
-    assert roles[f"{head}from_user.weight"] == (0.2, 0.05)
+    assert roles[f"{head}queries"] == roles[f"{head}bias"] == roles[f"{head}user"] == (1, 0)
+    assert roles[f"{head}layers.0.0.gates.1"] == roles[f"{head}presence.0.weight"] == (1, 0)
+    assert roles[f"{head}from_user.weight"] == (1, 0.05)
     convolution = "encoder.stages.0.0.convs.0.conv"
     assert roles[f"{convolution}.weight"] == (0.1, 3e-5)
     assert roles[f"{convolution}.bias"] == (0.1, 0)
@@ -138,7 +138,7 @@ def test_rates_and_decay_follow_the_role_of_a_weight(make: Callable[..., Any]) -
     for epoch in range(200):
         trainer.lr_scheduler.step(epoch)
         first, *_, last = trainer.optimizer.param_groups
-        assert last["lr"] == pytest.approx(0.5 * first["lr"])
+        assert last["lr"] == pytest.approx(0.1 * first["lr"])
         rates.append(first["lr"])
     assert int(np.argmax(rates)) == 10
     assert rates[0] == pytest.approx(3e-4 / 11)
