@@ -255,7 +255,7 @@ class ClusteringPropagationSession:
         (place,) = self.image.in_file(voxels[len(voxels) // 2])
         found = self._label(label, place, include_interaction)
         marked = self.image.marked_voxels(voxels, found, positive=include_interaction)
-        return self._add_marks((), marked, run_prediction)
+        return self._written(self.image.add((), marked, run=run_prediction))
 
     add_lasso_interaction = add_scribble_interaction
     """The inside of the lasso, as voxels."""
@@ -281,7 +281,8 @@ class ClusteringPropagationSession:
                 continue
             drawn = self.image.marked_voxels(voxels, label, positive=True)
             prompts += sorted(drawn, key=lambda prompt: -len(prompt.rows))[:INITIAL_SLICES]
-        return self._add_marks((), tuple(prompts), run_prediction, meanwhile=segmentation)
+        changed = self.image.add((), tuple(prompts), run=run_prediction, meanwhile=segmentation)
+        return self._written(changed)
 
     def undo(self) -> bool:
         """Take the last mark back exactly; return whether there was one."""
@@ -328,17 +329,11 @@ class ClusteringPropagationSession:
         return self.labels[self.active_label]
 
     def _add(self, interaction: Interaction, run: bool) -> ChangedBox | None:
-        return self._add_marks((interaction,), self.image.marked(interaction), run)
+        marked = self.image.marked(interaction)
+        return self._written(self.image.add((interaction,), marked, run=run))
 
-    def _add_marks(
-        self,
-        interactions: tuple[Interaction, ...],
-        marks: tuple[SlicePrompt, ...],
-        run: bool,
-        *,
-        meanwhile: np.ndarray | None = None,
-    ) -> ChangedBox | None:
-        changed = self.image.add(interactions, marks, run=run, meanwhile=meanwhile)
+    def _written(self, changed: ChangedBox | None) -> ChangedBox | None:
+        """Bring the target buffer up to date after a change."""
         self._write_buffer()
         return changed
 
