@@ -12,8 +12,10 @@ from torch.nn import functional
 
 from nnmosaic.trainers import TRAINERS
 from nnmosaic.trainers.base import nnUNetTrainerMosaic
+from nnmosaic.trainers.multi_rater.dataset import RaterDataset
 from nnmosaic.trainers.multi_rater.loss import draw_raters, of_raters
 from nnmosaic.trainers.multi_rater.trainer import MultiRaterTrainer
+from nnmosaic.trainers.options import Count
 from nnmosaic.trainers.self_disambiguation.loss import (
     group_log_probabilities,
     grouped_cross_entropy,
@@ -105,7 +107,23 @@ class nnUNetTrainerRandomRater(MultiRaterTrainer):
         return found[available].flatten(1), labels[available].flatten(1)
 
 
+class nnUNetTrainerOneRater(nnUNetTrainerRandomRater):
+    """Plain nnU-Net that learns the masks of one rater, who annotated every case."""
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("rater",)
+    rater: Count = Count(1)
+
+    def get_tr_and_val_datasets(self) -> tuple[RaterDataset, RaterDataset]:
+        """Return nnU-Net's datasets, without the other raters."""
+        datasets = super().get_tr_and_val_datasets()
+        for available in self._available.values():
+            available[: self.rater - 1] = False
+            available[self.rater :] = False
+        return datasets
+
+
 for _trainer in (
-    nnUNetTrainerMarginalCrossEntropy, nnUNetTrainerMaskedSigmoid, nnUNetTrainerRandomRater
+    nnUNetTrainerMarginalCrossEntropy, nnUNetTrainerMaskedSigmoid, nnUNetTrainerRandomRater,
+    nnUNetTrainerOneRater,
 ):  # fmt: skip
     TRAINERS[_trainer.__name__] = __name__  # type: ignore[index]
