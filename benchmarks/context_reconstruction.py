@@ -67,7 +67,7 @@ class Setting:
     Attributes
     ----------
     cases : int, optional
-        Training cases, in each of the draws; None: all, once.
+        Training cases, in each of the draws; None: all, and a draw is only a seed.
     reference : str
         The row that others are compared with.
     epochs : int
@@ -172,12 +172,13 @@ SETTINGS = {
         },
         reference="self-disambiguation",
     ),
-    "full": Setting("Hippocampus, all cases", HIPPOCAMPUS, None, CHOSEN_ROWS),
+    "full": Setting("Hippocampus, all cases", HIPPOCAMPUS, None, CHOSEN_ROWS, draws=(0, 1)),
     "full_longer": Setting(
         "Hippocampus, all cases, three times the steps",
         HIPPOCAMPUS,
         None,
         {name: row for name, row in CHOSEN_ROWS.items() if row.compute == 1},
+        draws=(0, 1),
         epochs=3 * EPOCHS,
     ),
 }
