@@ -38,7 +38,8 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
         "mask_kind", "mask_ratio", "mask_min_cells", "mask_fill", "mask_foreground",
-        "mask_per_sample", "mask_curriculum", "masked_weight", "masked_fraction", "every_k",
+        "mask_per_sample", "mask_curriculum", "masked_weight", "masked_fraction", "masked_until",
+        "every_k",
         "reconstruction", "reconstruction_weight", "reconstruction_goal", "reconstruction_region",
         "reconstruction_ramp", "temperature", "momentum", "momentum_base", "momentum_warmup",
     )  # fmt: skip
@@ -61,6 +62,8 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
     """Of the labels in the masked pass."""
     masked_fraction: Fraction = Fraction(1.0)
     """Share of the batch that is masked; at least one sample."""
+    masked_until: Fraction = Fraction(1.0)
+    """Fraction of the training with masked passes; what is left is plain nnU-Net's."""
     every_k: Count = Count(2)
     """The masked pass takes place in every k-th iteration."""
     reconstruction: ReconstructionForm = "kl"
@@ -130,9 +133,10 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
         return tuple(n // b for n, b in zip(patch, self._block, strict=True))
 
     def further_passes(self, batch: dict[str, Any]) -> list[Pass]:
-        """Add the masked pass, in every k-th iteration."""
+        """Add the masked pass, in every k-th iteration of the part of the training that has it."""
         passes = super().further_passes(batch)
-        if self._has_masked_pass and self.iteration % self.every_k == 0:
+        due = self.iteration % self.every_k == 0 and self.progress() <= self.masked_until
+        if self._has_masked_pass and due:
             passes.append(partial(self._masked_pass, batch))
         return passes
 
