@@ -38,8 +38,8 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
         "mask_kind", "mask_ratio", "mask_min_cells", "mask_fill", "mask_foreground",
-        "mask_per_sample", "mask_curriculum", "masked_weight", "masked_fraction", "masked_until",
-        "every_k",
+        "mask_per_sample", "mask_curriculum", "masked_weight", "masked_fraction", "every_k",
+        "few_cases",
         "reconstruction", "reconstruction_weight", "reconstruction_goal", "reconstruction_region",
         "reconstruction_ramp", "temperature", "momentum", "momentum_base", "momentum_warmup",
     )  # fmt: skip
@@ -62,10 +62,11 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
     """Of the labels in the masked pass."""
     masked_fraction: Fraction = Fraction(1.0)
     """Share of the batch that is masked; at least one sample."""
-    masked_until: Fraction = Fraction(1.0)
-    """Fraction of the training with masked passes; what is left is plain nnU-Net's."""
     every_k: Count = Count(2)
-    """The masked pass takes place in every k-th iteration."""
+    """The masked pass takes place in every k-th iteration, with more than few cases more rarely."""
+    few_cases: Count = Count(8)
+    """With n times as many training cases, k is n times as large: what helps against too few labels
+    cost accuracy where there were enough (benchmarks/results/context_reconstruction.md)."""
     reconstruction: ReconstructionForm = "kl"
     """How student and teacher are compared; see `reconstruction_loss`."""
     reconstruction_weight: float = 0.5
@@ -95,6 +96,11 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
                 )
             if self.mask_fill == "foreign" and self.batch_size < 2:
                 self.print_to_log_file("A batch of one: hidden voxels are 0, not foreign tissue")
+            if self._iterations_per_masked_pass > self.every_k:
+                self.print_to_log_file(
+                    f"More than few_cases={self.few_cases} training cases: a masked pass in every "
+                    f"{self._iterations_per_masked_pass} iterations"
+                )
             grid = self._grid
             try:
                 for ratio in (self.mask_ratio, self._ratio_at(0)):
@@ -121,6 +127,11 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
         return self.reconstruction_goal == "teacher" and self.reconstruction_weight > 0
 
     @cached_property
+    def _iterations_per_masked_pass(self) -> int:
+        cases = len(self.do_split()[0])
+        return round(self.every_k * max(1.0, cases / self.few_cases))
+
+    @cached_property
     def _block(self) -> tuple[int, ...]:
         manager = self.configuration_manager
         return block_size(
@@ -133,10 +144,9 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
         return tuple(n // b for n, b in zip(patch, self._block, strict=True))
 
     def further_passes(self, batch: dict[str, Any]) -> list[Pass]:
-        """Add the masked pass, in every k-th iteration of the part of the training that has it."""
+        """Add the masked pass, in every so many iterations."""
         passes = super().further_passes(batch)
-        due = self.iteration % self.every_k == 0 and self.progress() <= self.masked_until
-        if self._has_masked_pass and due:
+        if self._has_masked_pass and self.iteration % self._iterations_per_masked_pass == 0:
             passes.append(partial(self._masked_pass, batch))
         return passes
 

@@ -607,6 +607,21 @@ def test_the_default_is_the_recipe_that_was_chosen(make_trainer: Make) -> None:
     assert passes == [1, 0, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("few", "every", "expected"), [("1", "1", 4), ("2", "2", 4), ("3", "2", 3), ("9", "2", 2)]
+)
+def test_masked_passes_are_rarer_with_more_training_cases(
+    make_trainer: Make, few: str, every: str, expected: int
+) -> None:
+    trainer = make_trainer(Ours, options={"few_cases": few, "every_k": every})
+    trainer.initialize()
+    assert len(trainer.do_split()[0]) == 4
+    passes = []
+    for trainer.iteration in range(7):
+        passes.append(len(trainer.further_passes({})))
+    assert passes == [int(i % expected == 0) for i in range(7)]
+
+
 # -------------------------------------------------------------------- several processes, sources
 
 
