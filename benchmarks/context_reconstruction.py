@@ -185,7 +185,7 @@ SETTINGS = {
         },
         reference="self-disambiguation",
     ),
-    "full": Setting("Hippocampus, all cases", HIPPOCAMPUS, None, CHOSEN_ROWS, draws=(0, 1)),
+    "full": Setting("Hippocampus, all cases", HIPPOCAMPUS, None, CHOSEN_ROWS),
     "full_search": Setting(
         "Hippocampus, all cases: what costs accuracy",
         HIPPOCAMPUS,
