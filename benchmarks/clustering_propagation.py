@@ -45,12 +45,15 @@ class Row:
     ----------
     equal_time : bool
         Whether it makes as many more steps as its steps are cheaper.
+    after_plain : bool
+        Whether a plain 2D nnU-Net is trained first, and it gets the rest of the equal time.
     """
 
     trainer: str = OURS
     configuration: str = "2d"
     options: Mapping[str, str] = field(default_factory=dict)
     equal_time: bool = False
+    after_plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ class Setting:
     epochs, batch_size : int
         Epochs of 40 steps, of so many slices in 2D.
     plain_steps : float
-        Plain 2D steps in the time of one of ours.
+        Plain 2D steps in the time of one of ours, from the start.
+    after_plain : tuple of int
+        Epochs of a plain 2D nnU-Net, and of ours after it, in the same time.
     """
 
     title: str
@@ -70,21 +75,24 @@ class Setting:
     epochs: int
     batch_size: int
     plain_steps: float
+    after_plain: tuple[int, int]
 
 
+OURS_ROW = "ours, on a plain 2D nnU-Net"
 ROWS: Mapping[str, Row] = {
-    "ours": Row(),
+    OURS_ROW: Row(after_plain=True),
+    "ours, from the start": Row(),
     "plain 2D nnU-Net, equal steps": Row(PLAIN),
     "plain 2D nnU-Net, equal time": Row(PLAIN, equal_time=True),
     "plain 3D nnU-Net": Row(PLAIN, "3d_fullres", equal_time=True),
-    "ours, last centre": Row(options={"memory": "last"}),
-    "ours, window of centres": Row(options={"memory": "window"}),
-    "ours, automatic only": Row(options={"interactive_fraction": "0"}),
+    "ours, last centre": Row(options={"memory": "last"}, after_plain=True),
+    "ours, window of centres": Row(options={"memory": "window"}, after_plain=True),
+    "ours, automatic only": Row(options={"interactive_fraction": "0"}, after_plain=True),
 }
 SETTINGS: Mapping[str, Setting] = {
-    "hippocampus": Setting("Hippocampus", "Dataset611_Full", 15, 24, 3.0),
-    "chaos_t2": Setting("CHAOS T2", "Dataset621_ChaosT2", 8, 8, 2.0),
-    "chaos_t1": Setting("CHAOS T1 in phase", "Dataset622_ChaosT1", 8, 8, 2.0),
+    "hippocampus": Setting("Hippocampus", "Dataset611_Full", 15, 24, 3.0, (33, 5)),
+    "chaos_t2": Setting("CHAOS T2", "Dataset621_ChaosT2", 8, 8, 2.0, (11, 3)),
+    "chaos_t1": Setting("CHAOS T1 in phase", "Dataset622_ChaosT1", 8, 8, 2.0, (11, 3)),
 }
 CHAOS = {"chaos_t2": "chaos_mr_t2spir", "chaos_t1": "chaos_mr_t1dual"}
 STEPS_PER_EPOCH = 40
@@ -124,22 +132,30 @@ def one_run(work: Path, name: str, row_name: str, seed: int) -> dict[str, Any]:
     start = time.perf_counter()
     setting, row = SETTINGS[name], ROWS[row_name]
     test = test_folder(work, setting)
-    factor = setting.plain_steps if row.equal_time else 1
-    budget = {
-        "epochs": round(setting.epochs * factor), "iterations_per_epoch": STEPS_PER_EPOCH
-    }  # fmt: skip
+    budget = {"iterations_per_epoch": STEPS_PER_EPOCH}
     if row.configuration == "2d":
         budget["batch_size"] = setting.batch_size
-    training = Training(setting.dataset, row.configuration, row.trainer, budget, test, row.options)
     output = work / "runs" / file_name(name, row_name, seed).removesuffix(".json")
-    predictions = train_and_predict(training, seed, output)
+    pretrained = None
+    epochs = round(setting.epochs * (setting.plain_steps if row.equal_time else 1))
+    if row.after_plain:
+        plain_epochs, epochs = setting.after_plain
+        first = Training(setting.dataset, "2d", PLAIN, {**budget, "epochs": plain_epochs}, test)
+        train_and_predict(first, seed, output / "plain")
+        (pretrained,) = (output / "plain" / setting.dataset).glob("*/*/checkpoint_final.pth")
+    budget["epochs"] = epochs
+    training = Training(
+        setting.dataset, row.configuration, row.trainer, budget, test, row.options,
+        pretrained=pretrained,
+    )  # fmt: skip
+    predictions = train_and_predict(training, seed, output / "run")
     result = {
         "setting": name, "row": row_name, "seed": seed, "trainer": row.trainer,
         "options": dict(row.options), "budget": budget,
         "dice_tp_fn": scores(predictions, test),
     }  # fmt: skip
     if row.trainer == OURS:
-        (model,) = (output / setting.dataset).glob(f"{OURS}__*")
+        (model,) = (output / "run" / setting.dataset).glob(f"{OURS}__*")
         result["sweeps"] = {
             sweep: scores(_predicted(model, test, output / sweep, sweep), test) for sweep in SWEEPS
         }

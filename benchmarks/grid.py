@@ -36,6 +36,8 @@ class Training:
         "epochs", "iterations_per_epoch" and perhaps "batch_size".
     test : Path
         Folder with imagesTs, labelsTs and dataset.json.
+    pretrained : Path or None
+        Checkpoint of a model that it begins with.
     """
 
     dataset: str
@@ -45,6 +47,7 @@ class Training:
     test: Path
     options: Mapping[str, str] = field(default_factory=dict)
     fold: int | str = "all"
+    pretrained: Path | None = None
 
 
 def parser_of(
@@ -109,6 +112,7 @@ def train_and_predict(
 
     import benchmarks.baselines  # noqa: F401 - registers the peers
     from nnmosaic.pipeline.predict import predict
+    from nnmosaic.pipeline.train import load_pretrained
     from nnmosaic.planners.plans_section import RunSettings
     from nnmosaic.trainers.lookup import trainer_class
 
@@ -129,6 +133,8 @@ def train_and_predict(
         options=dict(training.options) or None,
     )
     trainer.request_settings(settings)
+    if training.pretrained is not None:
+        load_pretrained(trainer, training.pretrained)
     trainer.run_training()
     predict(
         training.test / "imagesTs", output / "predictions", Path(trainer.output_folder_base),

@@ -217,7 +217,7 @@ def _train(
     if isinstance(trainer, nnUNetTrainerMosaic):
         trainer.request_settings(settings)
     if pretrained_weights is not None:
-        _load_pretrained(trainer, pretrained_weights)
+        load_pretrained(trainer, pretrained_weights)
     if stage1 is not None:
         trainer.stage1_file = stage1
     if checkpoint is not None:
@@ -229,17 +229,29 @@ def _train(
     trainer.perform_actual_validation(save_probabilities)
 
 
-def _load_pretrained(trainer: Any, path: Path) -> None:
+def load_pretrained(trainer: Any, path: Path) -> None:
+    """Initialise a trainer, and begin with the weights of another model, but for its output layers.
+
+    Raises
+    ------
+    InputError
+        If the file is no checkpoint of nnU-Net, or of another network.
+    """
     from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
+    from nnmosaic.trainers.base import nnUNetTrainerMosaic
     from nnmosaic.trainers.checkpoint import read_checkpoint
 
-    read_checkpoint(path)  # refuses a pickle that would run code; nnU-Net's function would not
+    # First: this refuses a pickle that would run code; nnU-Net's function would not.
+    weights = read_checkpoint(path)["network_weights"]
+    trainer.pretrained = True
     trainer.initialize()
     try:
         load_pretrained_weights(getattr(trainer, "pretrainable", trainer.network), str(path))
     except AssertionError as error:
         raise InputError(f"{path} does not fit this network: {error}") from None
+    if isinstance(trainer, nnUNetTrainerMosaic):
+        trainer.take_pretrained(weights)
 
 
 def _train_on(device: Any, num_gpus: int, arguments: tuple[Any, ...]) -> None:

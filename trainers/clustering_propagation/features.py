@@ -31,26 +31,30 @@ class SliceFeatures(NamedTuple):
         Unit vectors that are compared with centres.
     mask_map : Tensor, shape (N, E, H, W)
         The same at full resolution.
+    plain : Tensor, shape (N, heads, H, W)
+        Logits of the pixels by themselves, without centres.
     """
 
     inputs: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     embeddings: tuple[Tensor, ...]
     mask_map: Tensor
+    plain: Tensor
 
     def select(self, index: Any) -> "SliceFeatures":
         """Return the features of some slices, by a slice, list or tensor of positions."""
         inputs, values, embeddings = (
             tuple(level[index] for level in levels) for levels in self[:3]
         )
-        return SliceFeatures(inputs, values, embeddings, self.mask_map[index])
+        return SliceFeatures(inputs, values, embeddings, self.mask_map[index], self.plain[index])
 
     def chunk(self, number: int) -> list["SliceFeatures"]:
         """Return the features of so many equal parts, one after the other, without a copy."""
         inputs, values, embeddings = (
             list(zip(*(level.chunk(number) for level in kind), strict=True)) for kind in self[:3]
         )
-        parts = zip(inputs, values, embeddings, self.mask_map.chunk(number), strict=True)
+        maps = self.mask_map.chunk(number), self.plain.chunk(number)
+        parts = zip(inputs, values, embeddings, *maps, strict=True)
         return [SliceFeatures(*part) for part in parts]
 
 
@@ -112,12 +116,20 @@ class FeatureHeads(nn.Module):
         Those that are clustered on.
     width, embedding : int
         Of centres, and of what is compared with them.
+    classes : int
+        Output channels of the network.
     """
 
     def __init__(
-        self, features: Sequence[int], levels: Sequence[int], width: int, embedding: int
+        self,
+        features: Sequence[int],
+        levels: Sequence[int],
+        width: int,
+        embedding: int,
+        classes: int,
     ) -> None:
         super().__init__()
+        self.plain = nn.Conv2d(features[-1], classes, 1)
         self.chosen = list(levels)
         self.levels = nn.ModuleList(_Level(features[s], width, embedding) for s in levels)
         self.embedding = embedding
@@ -133,7 +145,8 @@ class FeatureHeads(nn.Module):
         x = x + self.position(
             sine_encoding(x.shape[2], x.shape[3], self.embedding, like=x)
         ).movedim(2, 0)
-        return SliceFeatures(inputs, values, embeddings, functional.normalize(x, dim=1))
+        plain = self.plain(stages[-1])
+        return SliceFeatures(inputs, values, embeddings, functional.normalize(x, dim=1), plain)
 
 
 def pool(levels: Sequence[Tensor], weights: Tensor) -> Tensor:

@@ -43,6 +43,8 @@ def parameter_groups(
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
         decays = parameter.dim() > 1 and not name.endswith("queries")
         groups.setdefault((name.startswith(new), decays), []).append(parameter)
     return [

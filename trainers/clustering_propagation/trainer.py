@@ -1,6 +1,6 @@
 """Trainer of a 2D network whose class centres travel from slice to slice."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from nnmosaic.trainers.clustering_propagation.validation import (
     write_summary,
 )
 from nnmosaic.trainers.dataloading import Batches, make_loaders
-from nnmosaic.trainers.options import Count, Fraction, Positive
+from nnmosaic.trainers.options import Count, Fraction
 from nnmosaic.trainers.resumable import plain_network
 
 CORRECTIONS = 2
@@ -61,8 +61,9 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
     """Slices of a clip; 1 trains without memory."""
     interactive_fraction: Fraction = Fraction(0.5)
     """Share of the clips on which a user is simulated."""
-    unet_lr_factor: Positive = Positive(1.0)
-    """Learning rate of the U-Net relative to the new parts: 0.1 after ``-pretrained_weights``."""
+    unet_lr_factor: float = 1.0
+    """Learning rate of the U-Net relative to the new parts. Unless it is given, 0 after
+    ``-pretrained_weights``: then the U-Net stays as it was."""
 
     adamw_initial_lr = 3e-4
     predictor_class = PropagationPredictor
@@ -83,10 +84,12 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
         settings = self.run_settings
         if not self._is_sgd:
             self.initial_lr = settings.initial_lr or self.adamw_initial_lr
-        elif float(self.unet_lr_factor) != 1:
+        elif self.unet_lr_factor not in (0, 1):
             raise InputError(
-                "--set unet_lr_factor has no meaning with --optimizer sgd. Leave it out."
+                "--set unet_lr_factor: with --optimizer sgd only 0 and 1 have a meaning."
             )
+        if self.pretrained and "unet_lr_factor" not in (settings.options or {}):
+            self.unet_lr_factor = 0.0
         plans = self.plans_manager.plans
         plan = ClusteringPlan(self.memory, self.label_manager.has_regions)
         write_section(plans, replace(read_section(plans), clustering=plan))
@@ -126,6 +129,10 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
             unet, classes=num_output_channels, regions=plan.regions, memory=plan.memory
         )
 
+    def take_pretrained(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over the output layer, too."""
+        plain_network(self.network).take_output_layer(weights)
+
     def _do_i_compile(self) -> bool:
         return False  # only the encoder: see `initialize`
 
@@ -148,6 +155,8 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
         """Return AdamW with a warm-up; nnU-Net's SGD if it is asked for."""
         network = plain_network(self.network)
         # DDP asks for a gradient of all that learns.
+        network.requires_grad_(self.unet_lr_factor > 0)
+        network.head.requires_grad_(True)
         for part in (network.head.memory, network.head.hint):
             part.requires_grad_(self.slices > 1)
         if self._is_sgd:

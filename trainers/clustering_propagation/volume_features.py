@@ -148,11 +148,11 @@ def _joined(parts: Sequence[SliceFeatures], into: SliceFeatures | None) -> Slice
         tuple(torch.cat(level) for level in zip(*levels, strict=True))
         for levels in zip(*(part[:3] for part in parts), strict=True)
     )
-    return SliceFeatures(inputs, values, embeddings, torch.cat(tensors[-1]))
+    return SliceFeatures(inputs, values, embeddings, *map(torch.cat, tensors[-2:]))
 
 
 def _tensors(features: SliceFeatures) -> list[Tensor]:
-    return [*chain(*features[:3]), features.mask_map]
+    return [*chain(*features[:3]), features.mask_map, features.plain]
 
 
 def _bytes(features: SliceFeatures) -> int:

@@ -18,11 +18,13 @@ CLASSES, HEIGHT, WIDTH = 3, 24, 16
 SHAPE = (HEIGHT, WIDTH)
 
 
-def unet(cls: type = PlainConvUNet, features: tuple[int, ...] = (4, 8, 8, 16)) -> nn.Module:
+def unet(
+    cls: type = PlainConvUNet, features: tuple[int, ...] = (4, 8, 8, 16), *, classes: int = CLASSES
+) -> nn.Module:
     blocks = "n_blocks_per_stage" if cls is ResidualEncoderUNet else "n_conv_per_stage"
     strides = [(1, 1), (2, 2), (2, 1), (2, 2)][: len(features)]
     return cls(
-        2, len(features), features, nn.Conv2d, 3, strides, num_classes=CLASSES,
+        2, len(features), features, nn.Conv2d, 3, strides, num_classes=classes,
         n_conv_per_stage_decoder=1, deep_supervision=False, norm_op=nn.InstanceNorm2d,
         norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU, **{blocks: 1},
     )  # fmt: skip
@@ -130,6 +132,18 @@ def test_weights_of_a_plain_nnunet_are_a_warm_start(tmp_path: Path) -> None:
         if ".seg_layers." not in name:
             assert torch.equal(network.state_dict()[name], value)
     assert torch.equal(network.head.queries, queries)
+
+
+@torch.no_grad()
+def test_the_output_layer_of_a_plain_nnunet_is_taken_over(images: Tensor) -> None:
+    plain, network = unet(), make(trained=False)
+    network.load_state_dict(plain.state_dict(), strict=False)
+    network.take_output_layer(plain.state_dict())
+    torch.testing.assert_close(network.encode(images[0]).plain, plain(images[0]))
+    before = network.head.features.plain.weight.clone()
+    for other in (unet(classes=CLASSES + 1).state_dict(), make().state_dict()):
+        network.take_output_layer(other)
+        assert torch.equal(network.head.features.plain.weight, before)
 
 
 # -------------------------------------------------------------------- prompts (invariants 1, 2)

@@ -14,6 +14,7 @@ from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.planners.plans_section import ClusteringPlan, RunSettings, read_section
 from nnmosaic.trainers.base import nnUNetTrainerMosaic
 from nnmosaic.trainers.clustering_propagation.trainer import nnUNetTrainerClusteringPropagation
+from nnmosaic.trainers.options import options_of
 from nnmosaic.trainers.predictor import MosaicPredictor, load_predictor
 
 Trainer = nnUNetTrainerClusteringPropagation
@@ -171,24 +172,51 @@ def test_sgd_bounds_gradients_as_nnunet_does(
 
 
 def test_sgd_has_one_rate(make: Callable[..., Any]) -> None:
-    with pytest.raises(InputError, match="unet_lr_factor has no meaning with --optimizer sgd"):
+    with pytest.raises(InputError, match="with --optimizer sgd only 0 and 1 have a meaning"):
         make(optimizer="sgd", options={"unet_lr_factor": "0.1"}).initialize()
 
 
-def test_a_plain_2d_model_is_a_warm_start(
-    make: Callable[..., Any], make_trainer: Callable[..., Any]
-) -> None:
-    plain = make_trainer(nnUNetTrainerMosaic, configuration="2d")
+def begin_with_a_plain_model(trainer: Any, plain: Any) -> None:
+    """Do what ``-pretrained_weights`` does."""
     plain.initialize()
     path = Path(plain.output_folder) / "checkpoint_final.pth"
     plain.save_checkpoint(str(path))
-    trainer = make()
+    trainer.pretrained = True
     trainer.initialize()
     load_pretrained_weights(trainer.network, str(path))
-    mine = trainer.network.state_dict()
-    common = [name for name in plain.network.state_dict() if ".seg_layers." not in name]
+    trainer.take_pretrained(plain.network.state_dict())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", None])
+def test_a_plain_2d_unet_stays_as_it_was(
+    make: Callable[..., Any], make_trainer: Callable[..., Any], optimizer: str | None
+) -> None:
+    plain, trainer = (
+        make_trainer(nnUNetTrainerMosaic, configuration="2d"),
+        make(optimizer=optimizer),
+    )
+    begin_with_a_plain_model(trainer, plain)
+    assert options_of(trainer)["unet_lr_factor"] == "0.0"  # so that it goes on alike
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    queries = trainer.network.head.queries.detach().clone()
+    trainer.train_step(next(trainer.dataloader_train))
+    mine, weights = trainer.network.state_dict(), plain.network.state_dict()
+    common = [name for name in weights if ".seg_layers." not in name]
     assert len(common) > 10
-    assert all(torch.equal(mine[name], plain.network.state_dict()[name]) for name in common)
+    assert all(torch.equal(mine[name], weights[name]) for name in common)
+    assert not torch.equal(trainer.network.head.queries, queries)
+
+
+def test_a_plain_2d_unet_learns_if_it_is_told_to(
+    make: Callable[..., Any], make_trainer: Callable[..., Any]
+) -> None:
+    plain = make_trainer(nnUNetTrainerMosaic, configuration="2d")
+    trainer = make(options={"unet_lr_factor": "0.1"})
+    begin_with_a_plain_model(trainer, plain)
+    factors = [group["factor"] for group in trainer.optimizer.param_groups]
+    assert factors == [1, 1, 0.1, 0.1]
+    assert all(parameter.requires_grad for parameter in trainer.network.parameters())
 
 
 # -------------------------------------------------------------------- steps
