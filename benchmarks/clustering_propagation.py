@@ -90,7 +90,7 @@ ROWS: Mapping[str, Row] = {
     "ours, automatic only": Row(options={"interactive_fraction": "0"}, after_plain=True),
 }
 SETTINGS: Mapping[str, Setting] = {
-    "hippocampus": Setting("Hippocampus", "Dataset611_Full", 15, 24, 3.0, (33, 5)),
+    "hippocampus": Setting("Hippocampus", "Dataset611_Full", 15, 24, 3.0, (30, 6)),
     "chaos_t2": Setting("CHAOS T2", "Dataset621_ChaosT2", 8, 8, 2.0, (11, 3)),
     "chaos_t1": Setting("CHAOS T1 in phase", "Dataset622_ChaosT1", 8, 8, 2.0, (11, 3)),
 }

@@ -18,8 +18,9 @@ def write_labels(
     ----------
     labels : ndarray, integer
         In the shape of the image that was preprocessed; changed.
-    logits : Tensor, shape (K, n, H, W)
-        Of neighbouring slices of the network's array.
+    logits : Tensor, shape (K, n, H, W), half precision
+        Of neighbouring slices of the network's array. In the precision of nnU-Net's export, which
+        resampling keeps: another one would decide otherwise where two classes are as likely.
     first : int
         Index of the first of them.
     properties : dict
@@ -32,7 +33,7 @@ def write_labels(
     spacing = [properties["spacing"][axis] for axis in forward]
     shape = properties["shape_after_cropping_and_before_resampling"]
     resampled = configuration.resampling_fn_probabilities(
-        logits.float(),
+        logits,
         (logits.shape[1], *shape[1:]),
         [spacing[0], *configuration.spacing],
         spacing,
