@@ -15,7 +15,7 @@ from nnmosaic.pipeline.predict import predict
 from nnmosaic.pipeline.train import FINAL, is_finished, model_folder, train
 from nnmosaic.pipeline.workspace import Workspace
 from nnmosaic.planners.plans_section import RunSettings, read_section
-from nnmosaic.trainers import FIRST_STAGE
+from nnmosaic.trainers import FIRST_STAGE, WARM_START
 from nnmosaic.trainers.checkpoint import stored_settings
 from nnmosaic.trainers.lookup import trainer_class
 from nnmosaic.trainers.multi_rater.wanted_masks import masks_of_a_run
@@ -46,6 +46,11 @@ def run(
     Called again after an interruption it goes on where it was. Parameters are those of the
     commands.
     """
+    if minutes is not None and trainer in WARM_START:
+        raise InputError(
+            f"--minutes cannot plan for {trainer}, which run trains after {WARM_START[trainer]}. "
+            "Leave it out, and give --epochs."
+        )
     if "cascade" in configuration:
         raise InputError("run cannot do a cascade: train and predict its stages one by one.")
     device = device or choose_device(None).type
@@ -79,6 +84,8 @@ def run(
                 _refuse_other_settings(folder / FINAL, own)
                 logger.info("%s: fold %s is finished", stage, fold)
                 continue
+            begun = any(folder.glob("checkpoint_*.pth"))
+            warm = WARM_START.get(stage) if not begun else None
             train(
                 workspace,
                 identifier,
@@ -87,6 +94,7 @@ def run(
                 trainer=stage,
                 plans_name=plans_name,
                 settings=own,
+                pretrained_weights=models[warm] / f"fold_{fold}" / FINAL if warm else None,
                 device=device,
             )
     return predict(
@@ -101,10 +109,11 @@ def run(
 
 
 def _stages(trainer: str, settings: RunSettings) -> dict[str, RunSettings]:
-    """Return what is trained one after the other, each with the options that it has."""
-    if trainer not in FIRST_STAGE:
+    """Return what is trained in turn, each with the options that it has."""
+    first = {**FIRST_STAGE, **WARM_START}.get(trainer)
+    if first is None:
         return {trainer: settings}
-    names = (FIRST_STAGE[trainer], trainer)
+    names = (first, trainer)
     known = {name: option_types(trainer_class(name)) for name in names}
     given = settings.options or {}
     for option in given:

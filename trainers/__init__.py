@@ -16,3 +16,6 @@ RATER_TRAINERS = ("nnUNetTrainerMultiRaterDiversified", "nnUNetTrainerMultiRater
 
 FIRST_STAGE = {"nnUNetTrainerMultiRaterPersonalized": "nnUNetTrainerMultiRaterDiversified"}
 """Trainer class -> the one whose trained fold it starts from."""
+
+WARM_START = {"nnUNetTrainerClusteringPropagation": "nnUNetTrainerMosaic"}
+"""Trainer class -> the one that ``run`` trains before it, for its pretrained weights."""

@@ -2,12 +2,16 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from nnmosaic.pipeline.cli import main
 
 SHORT = ("--epochs", "1", "--iterations_per_epoch", "3", "--val_iterations_per_epoch", "1")
 
@@ -63,3 +67,32 @@ def test_run_does_everything_and_a_second_time_nothing(
     assert "Fingerprint: unchanged" in log
     assert "fold 0 is finished" in log
     assert "was trained with --epochs 1, not 2" in log
+
+
+@pytest.mark.slow
+def test_run_begins_clustering_propagation_with_a_plain_model(
+    prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = prepared / "nnUNet_raw" / "Dataset004_Balls" / "imagesTr"
+    images = prepared / "images"
+    images.mkdir()
+    for path in sorted(cases.glob("*"))[:2]:
+        shutil.copy(path, images / path.name)
+    trainer = "nnUNetTrainerClusteringPropagation"
+    command = ["run", "-d", "4", "-c", "2d", "-f", "0", "--device", "cpu", "-tr", trainer, *SHORT]
+    command += ["-i", str(images), "-o", str(prepared / "out")]
+    assert main([*command, "--minutes", "5"]) == 2
+    assert "which run trains after nnUNetTrainerMosaic" in capsys.readouterr().err
+    assert main(command) == 0
+    results = prepared / "nnUNet_results" / "Dataset004_Balls"
+    files = [
+        results / f"{name}__nnUNetPlans__2d" / "fold_0" / "checkpoint_final.pth"
+        for name in ("nnUNetTrainerMosaic", trainer)
+    ]
+    plain, ours = (torch.load(path, weights_only=False)["network_weights"] for path in files)
+    unet = [name for name in plain if ".seg_layers." not in name]
+    assert len(unet) > 10
+    assert all(torch.equal(plain[name], ours[name]) for name in unet)
+    before = [path.stat().st_mtime_ns for path in files]
+    assert main(command) == 0
+    assert [path.stat().st_mtime_ns for path in files] == before
