@@ -136,7 +136,7 @@ def one_run(work: Path, name: str, row_name: str, seed: int) -> dict[str, Any]:
     if row.configuration == "2d":
         budget["batch_size"] = setting.batch_size
     output = work / "runs" / file_name(name, row_name, seed).removesuffix(".json")
-    pretrained = None
+    pretrained, plain_epochs = None, 0
     epochs = round(setting.epochs * (setting.plain_steps if row.equal_time else 1))
     if row.after_plain:
         plain_epochs, epochs = setting.after_plain
@@ -151,7 +151,7 @@ def one_run(work: Path, name: str, row_name: str, seed: int) -> dict[str, Any]:
     predictions = train_and_predict(training, seed, output / "run")
     result = {
         "setting": name, "row": row_name, "seed": seed, "trainer": row.trainer,
-        "options": dict(row.options), "budget": budget,
+        "options": dict(row.options), "budget": budget, "plain_epochs": plain_epochs,
         "dice_tp_fn": scores(predictions, test),
     }  # fmt: skip
     if row.trainer == OURS:

@@ -151,17 +151,17 @@ class Run:
         trainer: str,
         *,
         options: Mapping[str, str] | None = None,
-        parts: float = 1,
+        steps: int = STEPS,
         into: str = "",
     ) -> Path:
-        """Train with one part of the epochs, and return the folder of the validation cases."""
+        """Train with so many steps an epoch, and return the folder of the validation cases."""
         from nnmosaic.pipeline.train import train
         from nnmosaic.pipeline.workspace import open_workspace
         from nnmosaic.planners.plans_section import RunSettings
 
         os.environ["nnUNet_results"] = str(self.results / into)
         settings = RunSettings(
-            epochs=max(1, round(self.setting.epochs / parts)), iterations_per_epoch=STEPS,
+            epochs=self.setting.epochs, iterations_per_epoch=steps,
             val_iterations_per_epoch=1, seed=self.seed, options=options,
         )  # fmt: skip
         configuration = self.setting.source.configuration
@@ -179,7 +179,7 @@ class Run:
         for number, rater in enumerate(self.dataset.raters, start=1):
             masks = self.train(
                 "nnUNetTrainerOneRater", options={"rater": str(number)},
-                parts=len(self.dataset.raters) / 2, into=rater,
+                steps=round(2 * STEPS / len(self.dataset.raters)), into=rater,
             )  # fmt: skip
             (target / "raters").mkdir(parents=True, exist_ok=True)
             shutil.copytree(masks, target / "raters" / rater, dirs_exist_ok=True)
@@ -312,7 +312,7 @@ def _against(
 ) -> str:
     """Return the difference on the cases of both, with its interval."""
     common = {case: value - reference[case] for case, value in values.items() if case in reference}
-    return interval(common, people) if common and values is not reference else "-"
+    return interval(common, people) if common else "-"
 
 
 def setting_tables(name: str, seeds: Sequence[int]) -> str:

@@ -156,7 +156,8 @@ def prepare(data: Path, work: Path, datasets: Mapping[str, Photographs | Simulat
         nnU-Net's name of the dataset -> where it is from.
     """
     preprocessed = work / "nnUNet_preprocessed"
-    if all((preprocessed / name / "splits_final.json").is_file() for name in datasets):
+    wanted = [preprocessed / name / "splits_final.json" for name in datasets]
+    if all(path.is_file() for path in (*wanted, *(subjects_file(work, name) for name in datasets))):
         return
     people = {}
     for name, source in datasets.items():

@@ -15,6 +15,7 @@ from benchmarks.multi_rater import SECOND, SETTINGS
 from benchmarks.report import ROOT
 from nnmosaic.data_conversion.atomic_write import read_json, replacing
 
+CHASE = SETTINGS["chase"].dataset
 FIGURE = ROOT / "docs" / "images" / "many_raters.png"
 COLOURS = ("#e69f00", "#56b4e9")
 SAMPLES = 16
@@ -27,15 +28,14 @@ def predicted(work: Path) -> tuple[str, Path]:
     from nnmosaic.pipeline.predict import predict
     from nnmosaic.trainers.multi_rater.wanted_masks import ALL, WantedMasks
 
-    dataset = SETTINGS["chase"].dataset
-    (model,) = (work / "results" / "chase_ours_0" / dataset).glob(f"{SECOND}__*")
-    splits = read_json(work / "nnUNet_preprocessed" / dataset / "splits_final.json")
+    (model,) = (work / "results" / "chase_ours_0" / CHASE).glob(f"{SECOND}__*")
+    splits = read_json(work / "nnUNet_preprocessed" / CHASE / "splits_final.json")
     case = splits[0]["val"][0]
     images, output = work / "figure" / "images", work / "figure" / "predictions"
     images.mkdir(parents=True, exist_ok=True)
     target = images / f"{case}_0000.png"
     if not target.exists():
-        target.symlink_to((work / "files" / "chase" / "images" / target.name).resolve())
+        target.symlink_to((work / "files" / CHASE / "images" / target.name).resolve())
     masks = WantedMasks((ALL,), SAMPLES, uncertainty=True)
     predict(images, output, model, folds=[0], masks=masks, device="cpu", skip_existing=True)
     return case, output
@@ -47,9 +47,9 @@ def draw(work: Path, path: Path) -> None:
     from skimage import io
 
     case, output = predicted(work)
-    files = work / "files" / "chase"
+    files = work / "files" / CHASE
     image = _window(io.imread(files / "images" / f"{case}_0000.png"))
-    raters = tuple(SETTINGS["chase"].raters)
+    raters = tuple(SETTINGS["chase"].source.raters)
     drawn = {name: io.imread(files / name / f"{case}.png") for name in raters}
     own = {name: io.imread(output / "raters" / name / f"{case}.png") for name in raters}
     figure = Figure(figsize=(12, 3.3), layout="constrained")

@@ -32,6 +32,8 @@ from benchmarks.report import footer, provenance, table, write
 MEMORY_STEPS, REPEATS = 6, 3
 PLAIN = "plain nnU-Net"
 ENTROPY = {"entropy": "conditional"}
+FEW_CASES = {"few_cases": "100000"}
+"""As often as with few cases: with all, masked passes are rare."""
 CONTEXT = "nnUNetTrainerContextReconstruction"
 VARIANTS: Mapping[str, Variant | None] = {
     PLAIN: None,
@@ -43,17 +45,17 @@ VARIANTS: Mapping[str, Variant | None] = {
         SELF_DISAMBIGUATION,
         {"loss_form": "authors", "entropy": "full"},
     ),
-    "context reconstruction": (CONTEXT, {}),
-    "context reconstruction, full form": (CONTEXT, {"every_k": "1"}),
+    "context reconstruction, few cases": (CONTEXT, FEW_CASES),
+    "context reconstruction, full form": (CONTEXT, {**FEW_CASES, "every_k": "1"}),
     "context reconstruction, full form without teacher": (
         CONTEXT,
-        {"every_k": "1", "reconstruction_weight": "0"},
+        {**FEW_CASES, "every_k": "1", "reconstruction_weight": "0"},
     ),
     "context reconstruction, full form, half of the batch": (
         CONTEXT,
-        {"every_k": "1", "masked_fraction": "0.5"},
+        {**FEW_CASES, "every_k": "1", "masked_fraction": "0.5"},
     ),
-    "self-disambiguation and context": (f"{SELF_DISAMBIGUATION}Context", {}),
+    "self-disambiguation and context": (f"{SELF_DISAMBIGUATION}Context", FEW_CASES),
 }
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from nnmosaic.data_conversion.atomic_write import read_json
@@ -186,7 +187,10 @@ def _checkpoint(folder: Path, *, resume: bool, only_validate: bool, finished: bo
 
 def _refuse_weights_over(checkpoint: Path | None, weights: Path | None, why: str) -> None:
     if checkpoint is not None and weights is not None:
-        raise InputError(f"{why}, but {checkpoint} exists. Move {checkpoint.parent} away.")
+        raise InputError(
+            f"{why}, but {checkpoint} exists. Leave them out to go on with it, or move "
+            f"{checkpoint.parent} away."
+        )
 
 
 def _train(
@@ -237,21 +241,32 @@ def load_pretrained(trainer: Any, path: Path) -> None:
     InputError
         If the file is no checkpoint of nnU-Net, or of another network.
     """
+    import torch
     from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
     from nnmosaic.trainers.base import nnUNetTrainerMosaic
     from nnmosaic.trainers.checkpoint import read_checkpoint
 
-    # First: this refuses a pickle that would run code; nnU-Net's function would not.
-    weights = read_checkpoint(path)["network_weights"]
-    trainer.pretrained = True
+    checkpoint = read_checkpoint(path)
+    trainer.pretrained = checkpoint
     trainer.initialize()
-    try:
-        load_pretrained_weights(getattr(trainer, "pretrainable", trainer.network), str(path))
-    except AssertionError as error:
-        raise InputError(f"{path} does not fit this network: {error}") from None
+    made_with = checkpoint.get("init_args", {})
+    same_data = made_with.get("plans", {}).get("dataset_name") == trainer.plans_manager.dataset_name
+    if same_data and made_with["fold"] != trainer.fold:
+        trainer.print_to_log_file(
+            f"Warning: {path} was trained on fold {made_with['fold']}, not {trainer.fold}: the "
+            "validation is not on unseen cases."
+        )
+    with TemporaryDirectory() as folder:
+        # nnU-Net's function would run what a pickle says, and put tensors on the GPU they are from.
+        copy = Path(folder) / "weights.pth"
+        torch.save({"network_weights": checkpoint["network_weights"]}, copy)
+        try:
+            load_pretrained_weights(getattr(trainer, "pretrainable", trainer.network), str(copy))
+        except AssertionError as error:
+            raise InputError(f"{path} does not fit this network: {error}") from None
     if isinstance(trainer, nnUNetTrainerMosaic):
-        trainer.take_pretrained(weights)
+        trainer.take_pretrained(checkpoint)
 
 
 def _train_on(device: Any, num_gpus: int, arguments: tuple[Any, ...]) -> None:

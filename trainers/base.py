@@ -177,14 +177,8 @@ class nnUNetTrainerMosaic(ResumableTrainer):
         """Bound the norm of the network's gradients as nnU-Net does."""
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM_LIMIT)
 
-    pretrained = False
-    """Whether ``-pretrained_weights`` follow the initialisation."""
-
-    def take_pretrained(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over what nnU-Net's transfer leaves out of the network weights of a checkpoint.
-
-        The hook follows ``-pretrained_weights``; nnU-Net itself takes nothing more.
-        """
+    def take_pretrained(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take over what nnU-Net's transfer leaves out: the hook after ``-pretrained_weights``."""
 
     # ---------------------------------------------------------------- folds and final validation
 

@@ -3,7 +3,7 @@
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -75,6 +75,8 @@ class ResumableTrainer(nnUNetTrainer):
     save_every: int
     dataset_class: Any
 
+    pretrained: Mapping[str, Any] | None = None
+    """The checkpoint whose weights follow the initialisation (``-pretrained_weights``)."""
     default_epochs: int | None = None
     """Of a method that needs others than nnU-Net's 1000."""
     seconds_between_checkpoints: float = 600.0

@@ -40,7 +40,7 @@ class ClipResult(NamedTuple):
     logits, layer_logits, presence, centres
         As in `SliceResult`, with T slices as second axis.
     plain_logits : Tensor, shape (B, T, heads, H, W)
-        Of a convolution on the decoder, which only training looks at.
+        Of the pixels by themselves, a part of ``logits``.
     clip : Clip
         With which they were found, after all corrections.
     """

@@ -35,8 +35,6 @@ LAYERS_PER_LEVEL = 2
 PROMPT_STRENGTH = 2.0
 """Of what the user points at, relative to its features, before training: weaker, a network first
 learns to do without (seen on toy data)."""
-PLAIN_OUTPUT_LAYER = r"decoder\.seg_layers\.\d+\.weight"
-"""Of nnU-Net's networks; the highest number is that of the full resolution."""
 PRESENT = 0.5
 """Probability above which a class counts as seen."""
 
@@ -122,11 +120,10 @@ class ClusteringPropagationNet(nn.Module):
 
     The logits of a pixel are the sum of what a 1 x 1 convolution says, as in nnU-Net, and of its
     likeness to the centres. The design (2) has no such sum, for fear that the centres would be left
-    unused; on the hippocampus it made a trained 2D nnU-Net 0.6 points better, and clicks still
-    moved the centres (benchmarks/results/clustering_propagation.md).
+    unused; clicks move them all the same (benchmarks/results/clustering_propagation.md).
 
     All new parts are in ``decoder.seg_layers``, which nnU-Net leaves alone when it transfers
-    weights: a trained 2D nnU-Net is a warm start by ``-pretrained_weights``, here and there.
+    weights, so that a trained 2D nnU-Net is a warm start by ``-pretrained_weights``.
 
     Parameters
     ----------
@@ -156,21 +153,20 @@ class ClusteringPropagationNet(nn.Module):
         return self.decoder.seg_layers
 
     def take_output_layer(self, weights: Mapping[str, Tensor]) -> None:
-        """Begin with the output layer of a plain nnU-Net, if it has the same outputs.
+        """Begin with the output layer of a plain nnU-Net or of a network like this.
 
         Parameters
         ----------
         weights : mapping
-            The state of that network.
+            The state of that network, which has the same outputs.
         """
-        names = [name for name in weights if re.fullmatch(PLAIN_OUTPUT_LAYER, name)]
-        if not names:
-            return
-        last = max(names, key=lambda name: int(name.split(".")[2])).removesuffix("weight")
-        mine = self.head.features.plain
+        last = "decoder.seg_layers.features.plain."
+        if f"{last}weight" not in weights:
+            layers = (re.match(r"decoder\.seg_layers\.(\d+)\.", name) for name in weights)
+            number = max(int(layer[1]) for layer in layers if layer)  # of the full resolution
+            last = f"decoder.seg_layers.{number}."
         found = {name: weights[last + name] for name in ("weight", "bias")}
-        if all(found[name].shape == value.shape for name, value in mine.state_dict().items()):
-            mine.load_state_dict(found)
+        self.head.features.plain.load_state_dict(found)
 
     # ---------------------------------------------------------------- one slice
 
@@ -300,12 +296,11 @@ class ClusteringPropagationNet(nn.Module):
             centres = self.initial_centres(self.initial_state(len(x)))
             return self.decode(self.encode(x), centres).logits
         features = self.encode(x.flatten(0, 1))
-        plain = features.plain.unflatten(0, x.shape[:2])
         clip = self._unprompted(x) if clip is None else clip
         for correct in corrections:
             with torch.no_grad():
-                clip = correct(self._propagate(features, clip, plain))
-        return self._propagate(features, clip, plain)
+                clip = correct(self._propagate(features, clip))
+        return self._propagate(features, clip)
 
     def _unprompted(self, x: Tensor) -> Clip:
         batch, slices, _, height, width = x.shape
@@ -315,7 +310,7 @@ class ClusteringPropagationNet(nn.Module):
             x.new_zeros(batch, slices, len(self.layout.slots), height, width),
         )
 
-    def _propagate(self, features: SliceFeatures, clip: Clip, plain: Tensor) -> ClipResult:
+    def _propagate(self, features: SliceFeatures, clip: Clip) -> ClipResult:
         """Carry the centres from the start slice to both ends (1.5)."""
         batch, slices = clip.positions.shape
         lanes = torch.arange(batch, device=clip.start.device)
@@ -349,7 +344,7 @@ class ClusteringPropagationNet(nn.Module):
             [in_order(of_layer, back) for of_layer in zip(*layers, strict=True)],
             in_order(presence, back),
             in_order(centres, back),
-            plain,
+            features.plain.unflatten(0, (batch, slices)),
             clip,
         )
 

@@ -41,6 +41,7 @@ CORRECTIONS = 2
 GIVEN_GATE, GIVEN_GATE_UNTIL = 0.2, 0.1
 """Share of the steps, in this first part of the training, whose memory is written by the labels."""
 GRADIENT_NORM_LIMIT = 1.0
+OTHER_LABELS_LR_FACTOR = 0.1
 
 
 class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
@@ -61,9 +62,9 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
     """Slices of a clip; 1 trains without memory."""
     interactive_fraction: Fraction = Fraction(0.5)
     """Share of the clips on which a user is simulated."""
-    unet_lr_factor: float = 1.0
-    """Learning rate of the U-Net relative to the new parts. Unless it is given, 0 after
-    ``-pretrained_weights``: then the U-Net stays as it was."""
+    unet_lr_factor: Fraction = Fraction(1.0)
+    """Learning rate of the U-Net relative to the new parts. Unless it is given, after
+    ``-pretrained_weights`` 0, where the U-Net stays as it was; 0.1 if they are of other labels."""
 
     adamw_initial_lr = 3e-4
     predictor_class = PropagationPredictor
@@ -88,8 +89,14 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
             raise InputError(
                 "--set unet_lr_factor: with --optimizer sgd only 0 and 1 have a meaning."
             )
-        if self.pretrained and "unet_lr_factor" not in (settings.options or {}):
-            self.unet_lr_factor = 0.0
+        if self.pretrained is not None and "unet_lr_factor" not in (settings.options or {}):
+            same = self._same_labels(self.pretrained)
+            slowly = Fraction(1.0 if self._is_sgd else OTHER_LABELS_LR_FACTOR)
+            self.unet_lr_factor = Fraction(0.0) if same else slowly
+            self.print_to_log_file(
+                f"Pretrained for {'the same' if same else 'other'} labels: unet_lr_factor is "
+                f"{self.unet_lr_factor:g}"
+            )
         plans = self.plans_manager.plans
         plan = ClusteringPlan(self.memory, self.label_manager.has_regions)
         write_section(plans, replace(read_section(plans), clustering=plan))
@@ -129,9 +136,14 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
             unet, classes=num_output_channels, regions=plan.regions, memory=plan.memory
         )
 
-    def take_pretrained(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over the output layer, too."""
-        plain_network(self.network).take_output_layer(weights)
+    def take_pretrained(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take over the output layer, too, of a model of the same labels."""
+        if self._same_labels(checkpoint):
+            plain_network(self.network).take_output_layer(checkpoint["network_weights"])
+
+    def _same_labels(self, checkpoint: Mapping[str, Any]) -> bool:
+        made_with = checkpoint.get("init_args", {}).get("dataset_json", {})
+        return bool(made_with.get("labels") == self.dataset_json["labels"])
 
     def _do_i_compile(self) -> bool:
         return False  # only the encoder: see `initialize`

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
 from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.pipeline.train import load_pretrained
 from nnmosaic.planners.plans_section import ClusteringPlan, RunSettings, read_section
 from nnmosaic.trainers.base import nnUNetTrainerMosaic
 from nnmosaic.trainers.clustering_propagation.trainer import nnUNetTrainerClusteringPropagation
-from nnmosaic.trainers.options import options_of
 from nnmosaic.trainers.predictor import MosaicPredictor, load_predictor
 
 Trainer = nnUNetTrainerClusteringPropagation
@@ -176,47 +175,68 @@ def test_sgd_has_one_rate(make: Callable[..., Any]) -> None:
         make(optimizer="sgd", options={"unet_lr_factor": "0.1"}).initialize()
 
 
-def begin_with_a_plain_model(trainer: Any, plain: Any) -> None:
-    """Do what ``-pretrained_weights`` does."""
+@pytest.fixture
+def plain(make_trainer: Callable[..., Any]) -> Any:
+    """Return a plain 2D model that has left a checkpoint."""
+    plain = make_trainer(nnUNetTrainerMosaic, configuration="2d")
     plain.initialize()
-    path = Path(plain.output_folder) / "checkpoint_final.pth"
-    plain.save_checkpoint(str(path))
-    trainer.pretrained = True
-    trainer.initialize()
-    load_pretrained_weights(trainer.network, str(path))
-    trainer.take_pretrained(plain.network.state_dict())
+    plain.save_checkpoint(checkpoint_of(plain))
+    return plain
+
+
+def one_step(trainer: Any) -> None:
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    trainer.train_step(next(trainer.dataloader_train))
+
+
+def checkpoint_of(trainer: Any) -> str:
+    return str(Path(trainer.output_folder) / "checkpoint_latest.pth")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", None])
 def test_a_plain_2d_unet_stays_as_it_was(
-    make: Callable[..., Any], make_trainer: Callable[..., Any], optimizer: str | None
+    make: Callable[..., Any], plain: Any, optimizer: str | None
 ) -> None:
-    plain, trainer = (
-        make_trainer(nnUNetTrainerMosaic, configuration="2d"),
-        make(optimizer=optimizer),
-    )
-    begin_with_a_plain_model(trainer, plain)
-    assert options_of(trainer)["unet_lr_factor"] == "0.0"  # so that it goes on alike
-    trainer.on_train_start()
-    trainer.on_train_epoch_start()
-    queries = trainer.network.head.queries.detach().clone()
-    trainer.train_step(next(trainer.dataloader_train))
-    mine, weights = trainer.network.state_dict(), plain.network.state_dict()
-    common = [name for name in weights if ".seg_layers." not in name]
-    assert len(common) > 10
-    assert all(torch.equal(mine[name], weights[name]) for name in common)
-    assert not torch.equal(trainer.network.head.queries, queries)
+    trainer = make(optimizer=optimizer, epochs=2)
+    load_pretrained(trainer, Path(checkpoint_of(plain)))
+    layer = plain.network.decoder.seg_layers[-1]
+    assert torch.equal(trainer.network.head.features.plain.weight, layer.weight)
+    weights = plain.network.state_dict()
+    unet = [name for name in weights if ".seg_layers." not in name]
+    assert len(unet) > 10
+    one_step(trainer)
+    trainer.save_checkpoint(checkpoint_of(trainer))
+    again = make(optimizer=optimizer, epochs=2)
+    again.load_checkpoint(checkpoint_of(trainer))
+    one_step(again)
+    for state in (trainer.network.state_dict(), again.network.state_dict()):
+        assert all(torch.equal(state[name], weights[name]) for name in unet)
+    assert not torch.equal(again.network.head.queries, trainer.network.head.queries)
 
 
-def test_a_plain_2d_unet_learns_if_it_is_told_to(
-    make: Callable[..., Any], make_trainer: Callable[..., Any]
-) -> None:
-    plain = make_trainer(nnUNetTrainerMosaic, configuration="2d")
-    trainer = make(options={"unet_lr_factor": "0.1"})
-    begin_with_a_plain_model(trainer, plain)
-    factors = [group["factor"] for group in trainer.optimizer.param_groups]
-    assert factors == [1, 1, 0.1, 0.1]
-    assert all(parameter.requires_grad for parameter in trainer.network.parameters())
+def test_another_unet_learns_slowly(make: Callable[..., Any], plain: Any, tmp_path: Path) -> None:
+    given = make(options={"unet_lr_factor": "0.5"})
+    load_pretrained(given, Path(checkpoint_of(plain)))
+    content = torch.load(checkpoint_of(plain), weights_only=False)
+    content["init_args"]["dataset_json"]["labels"] = {"background": 0, "other": 1, "labels": 2}
+    content["init_args"]["fold"] = 3
+    torch.save(content, tmp_path / "other.pth")
+    other = make()
+    load_pretrained(other, tmp_path / "other.pth")
+    for trainer, factor in ((given, 0.5), (other, 0.1)):
+        assert [group["factor"] for group in trainer.optimizer.param_groups] == [
+            1,
+            1,
+            factor,
+            factor,
+        ]
+        assert all(parameter.requires_grad for parameter in trainer.network.parameters())
+    layer = plain.network.decoder.seg_layers[-1]
+    assert not torch.equal(other.network.head.features.plain.weight, layer.weight)
+    log = "".join(p.read_text() for p in Path(other.output_folder).glob("training_log_*.txt"))
+    assert "other.pth was trained on fold 3, not 0: the validation is not on unseen" in log
+    assert "Pretrained for other labels: unet_lr_factor is 0.1" in log
 
 
 # -------------------------------------------------------------------- steps
