@@ -48,6 +48,21 @@ def test_means_of_clusters_are_those_of_a_loop(similarity: Tensor) -> None:
             torch.testing.assert_close(found[b, n], expected)
 
 
+def test_a_cluster_of_very_many_pixels_stays_finite_in_half_precision() -> None:
+    pixels = 70_000  # a sum of ones over so many is infinite in half precision
+    layer = ClusteringLayer(CentreLayout(2, regions=False), 32, 16)
+    for gate in layer.gates:
+        torch.nn.init.ones_(gate)
+    centres = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    embeddings = torch.nn.functional.normalize(torch.ones(1, pixels, 16), dim=2)
+    few, many = (layer(centres, torch.ones(1, n, 32), embeddings[:, :n])[0] for n in (100, pixels))
+    with torch.autocast("cpu", dtype=torch.float16):
+        half = layer(centres, torch.ones(1, pixels, 32).half(), embeddings.half())[0]
+    torch.testing.assert_close(many, few, rtol=1e-4, atol=1e-4)
+    assert half.isfinite().all()
+    torch.testing.assert_close(half.float(), few, rtol=2e-2, atol=2e-2)
+
+
 def test_a_layer_without_gates_leaves_the_centres() -> None:
     layout = CentreLayout(3, regions=False)
     layer = ClusteringLayer(layout, 32, 16)

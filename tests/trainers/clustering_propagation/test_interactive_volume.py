@@ -140,6 +140,17 @@ def test_undo_is_exact(network: ClusteringPropagationNet, image: Tensor) -> None
     assert sum(found.undo() is not None for _ in range(UNDO_LEVELS + 1)) == UNDO_LEVELS
 
 
+def test_nothing_is_left_of_what_was_undone(
+    network: ClusteringPropagationNet, image: Tensor
+) -> None:
+    found, fresh = volume(network, image), volume(network, image)
+    found.add({6: click(network, 4, 5)})
+    found.undo()
+    for one in (found, fresh):
+        one.add({2: click(network, 4, 5, 1)})
+    assert torch.equal(found.logits(), fresh.logits())
+
+
 def test_marks_that_fail_change_nothing(
     network: ClusteringPropagationNet, image: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,3 +129,8 @@ def test_a_click_says_which_disc_also_at_an_unseen_intensity() -> None:
     )
     assert before < 0.75
     assert after > before + 0.2
+    said = clicked.clip.prompts > 0  # (B, T, slots, H, W); slots of plain labels are the classes
+    found = (clicked.logits.argmax(2, keepdim=True) == torch.arange(said.shape[2]).view(-1, 1, 1))[
+        said
+    ]
+    assert found.float().mean() >= 0.9  # nothing but the network makes it so

@@ -149,6 +149,11 @@ def test_a_viewers_buffer_shows_the_active_label(session: ClusteringPropagationS
     np.testing.assert_array_equal(buffer, session.label_map == session.labels[session.active_label])
     session.set_active_label("dark")
     np.testing.assert_array_equal(buffer, session.label_map == 2)
+    before = buffer.copy()
+    session.add_scribble([(6, 3, 3), (6, 9, 9)], True, label="dark")
+    assert (buffer != before).any()
+    session.undo()
+    np.testing.assert_array_equal(buffer, before)
     with pytest.raises(ValueError, match="buffer must have shape"):
         session.set_target_buffer(buffer[1:])
 

@@ -138,6 +138,22 @@ def test_the_masked_pass_sees_the_image_with_holes(started: Make) -> None:
     assert not torch.equal(trainer.inputs[3] == 0, hidden)
 
 
+def test_masks_depend_on_seed_process_and_iteration_only(started: Make) -> None:
+    hidden = {}
+    for name, seed, rank, iteration in (
+        ("one", 1, 0, 0), ("same", 1, 0, 0), ("seed", 2, 0, 0), ("rank", 1, 1, 0), ("step", 1, 0, 1)
+    ):  # fmt: skip
+        trainer = started(settings={"seed": seed}, mask_fill="noise")
+        batch = scripted(trainer, 0)
+        trainer.local_rank, trainer.iteration = rank, iteration
+        states = torch.get_rng_state(), np.random.get_state()[1].copy()
+        trainer.further_passes(batch)[0]()
+        assert torch.equal(torch.get_rng_state(), states[0])
+        assert np.array_equal(np.random.get_state()[1], states[1])
+        hidden[name] = trainer.inputs[0] != batch["data"]
+    assert [name for name in hidden if torch.equal(hidden[name], hidden["one"])] == ["one", "same"]
+
+
 def test_one_mask_for_the_batch(started: Make) -> None:
     trainer = started(mask_per_sample="false")
     trainer.train_step(scripted(trainer, 0))

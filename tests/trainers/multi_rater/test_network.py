@@ -51,6 +51,26 @@ def image(base: tuple[nn.Module, int]) -> Tensor:
     return torch.randn(2, 2, *SIZES[base[1]])
 
 
+def test_heads_learn_and_statistics_of_batch_normalisation_stay() -> None:
+    torch.manual_seed(0)
+    net = PlainConvUNet(
+        2, 3, (4, 8, 8), nn.Conv2d, 3, [1, 2, 2], num_classes=CLASSES, n_conv_per_stage=1,
+        n_conv_per_stage_decoder=1, norm_op=nn.BatchNorm2d, nonlin=nn.LeakyReLU,
+    )  # fmt: skip
+    network = MultiRaterNet(net, channels=2, classes=CLASSES, raters=RATERS, latent=LATENT)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.startswith("heads."))
+    before = copy.deepcopy(network.train().state_dict())
+    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.1)
+    network(torch.randn(2, 2, 16, 24), bank=torch.randn(20, 2, LATENT)).square().mean().backward()
+    optimizer.step()
+    after = network.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("running_mean" in name for name in before)
+    assert changed
+    assert all(name.startswith("heads.") for name in changed)
+
+
 def test_it_answers_as_nnunets_networks_do(network: MultiRaterNet, image: Tensor) -> None:
     for mode in (network.train(), network.eval()):
         levels = mode(image)
