@@ -14,6 +14,7 @@ import SimpleITK
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnmosaic.data_conversion.dataset_json import parse_dataset_json
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.trainers.base import nnUNetTrainerMosaic
 from nnmosaic.trainers.checkpoint import EXTRA, read_checkpoint
@@ -67,6 +68,22 @@ def test_three_epochs_equal_nnunets_bit_for_bit(
         momentum = got["optimizer"]["state"][index]["momentum_buffer"]
         assert torch.equal(state["momentum_buffer"], momentum)
     assert str(without_times(got["logs"])) == str(without_times(expected["logs"]))
+
+
+@pytest.mark.slow
+def test_a_source_that_annotates_all_changes_nothing(make_trainer: Make) -> None:
+    options = {"entropy": "conditional", "ema_teacher": "true", "ramp": "0", "sampling": "nnunet"}
+    runs = []
+    for cls, wanted in ((nnUNetTrainerMosaic, None), (nnUNetTrainerSelfDisambiguation, options)):
+        trainer = make_trainer(cls, epochs=1, options=wanted)
+        if wanted:
+            sources = {"everywhere": {"pattern": ".", "annotated": "all"}}
+            content = {**trainer.dataset_json, "partial_labels": {"sources": sources}}
+            trainer.dataset_json, trainer.dataset = content, parse_dataset_json(content)
+        runs.append(train(trainer))
+        assert (trainer.dataset.partial_labels is not None) == bool(wanted)
+    for name, weight in runs[0]["weights"].items():
+        assert torch.equal(weight, runs[1]["weights"][name]), name
 
 
 @pytest.mark.slow

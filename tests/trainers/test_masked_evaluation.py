@@ -64,8 +64,11 @@ def test_unannotated_pairs_are_nan_and_do_not_count(folders: tuple[Path, Path]) 
     assert summary["labels"] == {"1": "kidney", "2": "liver", "3": "tumour"}
 
 
-def test_without_declarations_the_numbers_are_nnunets(folders: tuple[Path, Path]) -> None:
-    ours = evaluate_folder(*folders, declared())
+@pytest.mark.parametrize("sources", [None, {"S": {"pattern": ".", "annotated": "all"}}])
+def test_where_all_is_annotated_the_numbers_are_nnunets(
+    folders: tuple[Path, Path], sources: Any
+) -> None:
+    ours = evaluate_folder(*folders, declared(sources))
     output = folders[0].parent / "stock.json"
     references, predictions = (str(folder) for folder in folders)
     compute_metrics_on_folder(
@@ -75,8 +78,10 @@ def test_without_declarations_the_numbers_are_nnunets(folders: tuple[Path, Path]
     stock = json.loads(output.read_text())
     plain = json.loads(json.dumps(ours))
     added = {"n_cases", "labels", "per_source"}
-    assert set(plain) == {*stock, *added}
-    assert set(plain["metric_per_case"][0]) == {*stock["metric_per_case"][0], "source"}
+    if sources is None:
+        assert set(plain) == {*stock, *added}
+        assert set(plain["metric_per_case"][0]) == {*stock["metric_per_case"][0], "source"}
+    assert not plain.get("not_annotated")
     assert plain["mean"] == stock["mean"]
     assert plain["foreground_mean"] == stock["foreground_mean"]
     for case, expected in zip(plain["metric_per_case"], stock["metric_per_case"], strict=True):

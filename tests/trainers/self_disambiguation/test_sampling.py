@@ -1,6 +1,7 @@
 """Shares of sources, classes and cases: T19 of methods/self_disambiguation.md, 3.3 and 6.6."""
 
 import math
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,9 +30,10 @@ EIGHT_SOURCES = {
 }
 
 
-def eight_sources() -> list[SampledCase]:
+def eight_sources(names: Collection[str] = EIGHT_SOURCES.keys()) -> list[SampledCase]:
     cases = []
-    for source, ((modality, images, classes), *_) in EIGHT_SOURCES.items():
+    for source in names:
+        modality, images, classes = EIGHT_SOURCES[source][0]
         for i in range(images):
             rare = source == "AMOS MR" and i > 1  # 14 and 15 occur in two of these images only
             shown = tuple(c for c in classes if not (rare and c in (14, 15)))
@@ -53,6 +55,21 @@ def test_t19_shares_of_the_eight_sources() -> None:
         assert source_share(cases, root, source) == pytest.approx(square_root, abs=6e-5)
     share = np.bincount(first.cases, first.probabilities)
     assert sorted(share)[-2:] == pytest.approx([0.0371, 0.0371], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        {"AMOS CT": 0.2010, "AMOS MR": 0.4706, "BTCV": 0.1863, "FLARE22": 0.1422},
+        {"AbdomenCT-1K": 0.1010, "NIH-Pancreas": 0.0281, "TotalSegmentator": 0.4969,
+         "UroGram": 0.0646, "WORD": 0.3094},
+    ],
+)  # fmt: skip
+def test_t19_shares_of_fewer_sources(shares: dict[str, float]) -> None:
+    cases = eight_sources(shares)
+    pairs = pair_probabilities(cases, "class_first", cap=math.inf)
+    for source, share in shares.items():
+        assert source_share(cases, pairs, source) == pytest.approx(share, abs=6e-5)
 
 
 def test_t19_draws_follow_the_shares() -> None:
