@@ -376,10 +376,14 @@ def script(trainer: Any, first: int = 0) -> tuple[Iterator[dict[str, Any]], ...]
     return tuple((scripted(trainer, n) for n in count(start)) for start in (first, 1000))
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(started: Make) -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(started: Make, scaled: bool) -> None:
     def make(**keywords: Any) -> Any:
         common = {"settings": {"epochs": 4}, "begin": False, "mask_kind": "random_tube"}
-        return started(**{"script": script, **common, **keywords})
+        trainer = started(**{"script": script, **common, **keywords})
+        if scaled:  # as with AMP, where losses are multiplied by a factor that grows
+            trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=256, growth_interval=2)
+        return trainer
 
     whole = make()
     whole.run_training()
@@ -409,6 +413,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(started: Make) ->
         assert torch.equal(one["momentum_buffer"], two["momentum_buffer"])
     first, second = (next(iter(t.network.parameters())) for t in (whole, half))
     assert not torch.equal(first, second)
+    if scaled:
+        assert whole.grad_scaler.state_dict() == other.grad_scaler.state_dict()
+        assert whole.grad_scaler.get_scale() > half.grad_scaler.get_scale() > 256
 
 
 def test_a_plain_checkpoint_starts_a_teacher_and_says_so(started: Make) -> None:

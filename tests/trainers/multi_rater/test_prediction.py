@@ -62,6 +62,21 @@ def test_one_tile_is_the_direct_forward(predictor: Any) -> None:
             torch.testing.assert_close(found[name][inside], direct[inside], rtol=2e-3, atol=1e-3)
 
 
+def test_tiles_share_one_opinion_however_they_overlap(predictor: Any) -> None:
+    image = torch.randn(1, 30, 34, 28, generator=torch.Generator().manual_seed(3))
+    found, latents = [], []
+    for predictor.tile_step_size in (0.5, 0.25):
+        raters = RaterPredictor(predictor, WantedMasks(samples=2))
+        found.append({name: logits.float() for _, name, logits in raters.logits(image, "case")})
+        latents.append(raters.latents)
+    assert latents[0] == latents[1]
+    seam, opinions = (
+        (one - other).abs().mean()
+        for one, other in ((found[0]["000"], found[1]["000"]), (found[0]["000"], found[0]["001"]))
+    )
+    assert 0 < seam < opinions / 4
+
+
 def test_order_and_number_of_masks_change_nothing(predictor: Any) -> None:
     image = torch.randn(1, 30, 34, 28)  # several tiles
     many = all_masks(predictor, image, raters=("all",), samples=3)
