@@ -85,7 +85,7 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
         settings = self.run_settings
         if not self._is_sgd:
             self.initial_lr = settings.initial_lr or self.adamw_initial_lr
-        elif self.unet_lr_factor not in (0, 1):
+        elif float(self.unet_lr_factor) not in (0.0, 1.0):
             raise InputError(
                 "--set unet_lr_factor: with --optimizer sgd only 0 and 1 have a meaning."
             )
