@@ -40,11 +40,16 @@ FOLDER = RESULTS / "multi_rater"
 RADII = range(-4, 5)
 """Voxels by which the best constant morphology may erode (below 0) or dilate a mask."""
 FIRST, SECOND = "nnUNetTrainerMultiRaterDiversified", "nnUNetTrainerMultiRaterPersonalized"
-PROBABILISTIC = {"bound_weight": "0", "posterior": "sampled"}
-OURS, PROBABILISTIC_ROW, FUSED = "ours", "probabilistic U-Net", "fused nnU-Net"
+OPTIONS = {
+    "probabilistic U-Net": {"bound_weight": "0", "energy_weight": "0"},
+    "losses as released": {"kl_weight": "1", "posterior": "all", "energy_weight": "0"},
+}
+"""Of first stages other than ours."""
+PROBABILISTIC, RELEASED = OPTIONS
+OURS, FUSED = "ours", "fused nnU-Net"
 ONE_EACH, RANDOM = "one model per rater", "random rater"
-DECISIVE = (OURS, PROBABILISTIC_ROW, FUSED)
-PHOTO_ROWS = (*DECISIVE, RANDOM, ONE_EACH)
+DECISIVE = (OURS, PROBABILISTIC, FUSED)
+PHOTO_ROWS = (*DECISIVE, RANDOM, ONE_EACH, RELEASED)
 """Ours: both stages. The fused nnU-Net also makes the row of constant morphology. Models for single
 raters share the steps of our two stages."""
 VOLUME_ROWS = (OURS, FUSED)
@@ -117,8 +122,8 @@ def one_run(work: Path, name: str, row: str, fold: int, seed: int) -> dict[str, 
     if row == OURS:
         result["diversified"] = run.scored(run.train(FIRST))
         result["personalised"] = run.scored(run.train(SECOND))
-    elif row == PROBABILISTIC_ROW:
-        result["diversified"] = run.scored(run.train(FIRST, options=PROBABILISTIC))
+    elif row in OPTIONS:
+        result["diversified"] = run.scored(run.train(FIRST, options=OPTIONS[row]))
     elif row == RANDOM:
         result["one mask"] = run.scored(run.train("nnUNetTrainerRandomRater"))
     elif row == ONE_EACH:

@@ -165,8 +165,7 @@ def prepared(workspace: Path, cache: Path, make_dataset: Callable[..., Path]) ->
 
     4: both balls are labelled in all 5 cases. 7: merged from a source that labels bright balls
     and one that labels dark balls, 5 cases each. 8: as 4, drawn by three raters, too small, exactly
-    and too large; the last one has not annotated case01. The first two also for the configuration
-    2d.
+    and too large; the last one has not annotated case01.
     """
     if cache.is_dir():
         shutil.copytree(cache, workspace, symlinks=True, dirs_exist_ok=True)
@@ -178,8 +177,7 @@ def prepared(workspace: Path, cache: Path, make_dataset: Callable[..., Path]) ->
     assert main(["merge", "-d", "7", "-n", "Merged", "--sources", "5", "6"]) == 0
     _add_raters(raw)
     for identifier in ("4", "7", "8"):
-        configurations = ["3d_fullres"] if identifier == "8" else ["3d_fullres", "2d"]
-        command = ["plan_and_preprocess", "-d", identifier, "-c", *configurations]
+        command = ["plan_and_preprocess", "-d", identifier, "-c", "3d_fullres", "2d"]
         assert main([*command, "--device", "cpu"]) == 0
     shutil.copytree(workspace, cache, symlinks=True)
     return workspace

@@ -120,9 +120,9 @@ def energy_set_loss(probabilities: Tensor, labels: Tensor, available: Tensor) ->
 
 def _mean_distance(first: Tensor, second: Tensor) -> Tensor:
     """Return the mean distance of all pairs of rows, over the root of their length."""
-    squares = (first[:, None] - second[None]).square().mean(-1)
-    # The root has no slope at 0, where a set is held against itself.
-    return torch.where(squares > 0, squares.clamp_min(1e-12).sqrt(), 0).mean()
+    # Differences, not products: a set is held against itself, and its distances to itself are 0.
+    distances = torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.mean() / first.shape[1] ** 0.5
 
 
 def draw_raters(

@@ -184,10 +184,12 @@ class Combiner(nn.Module):
 
 
 class RaterHead(nn.Module):
-    """From features to a rater's query, shape (B, latent), not negative (3.1, 3).
+    """From features to a rater's query, shape (B, latent) (3.1, 3).
 
     It pools before each part, by the plan's strides: at full resolution the heads of many raters
-    would cost more than the U-Net (3.3).
+    would cost more than the U-Net (3.3). The released code ends in a ReLU: a query that cannot be
+    negative can move the opinion only one way along each axis of the code, and raters on the other
+    side stay out of reach. Ours has none at the end.
     """
 
     def __init__(
@@ -214,7 +216,7 @@ class RaterHead(nn.Module):
                 nn.ReLU(),
             ]
             before = width
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the query for features of shape (B, channels, *spatial)."""

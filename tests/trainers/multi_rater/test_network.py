@@ -1,7 +1,6 @@
 """The network with a latent opinion (spec 7.8, invariants 1, 2, 9 and 10)."""
 
 import copy
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from torch import Tensor, nn
 
-from nnmosaic.trainers.multi_rater.loss import posterior_input
+from nnmosaic.trainers.multi_rater.loss import bound_loss, posterior_input
 from nnmosaic.trainers.multi_rater.network import Combiner, Diversified, MultiRaterNet, attend
 from nnmosaic.trainers.multi_rater.new_rater import with_head
 
@@ -225,9 +224,22 @@ def test_attention_stays_inside_the_bank() -> None:
     torch.testing.assert_close(own[2, 1], weights @ bank[:, 1], rtol=1e-5, atol=1e-6)
 
 
-def test_queries_are_not_negative(network: MultiRaterNet, image: Tensor) -> None:
-    make: Callable[[], Tensor] = lambda: network.queries(network.features(image)[0])  # noqa: E731
+def test_queries_may_move_the_opinion_either_way(network: MultiRaterNet, image: Tensor) -> None:
     with torch.no_grad():
-        queries = make()
+        queries = network.queries(network.features(image)[0])
     assert queries.shape == (RATERS, 2, LATENT)
-    assert (queries >= 0).all()
+    assert (queries > 0).any()
+    assert (queries < 0).any()
+
+
+def test_one_rater(base: tuple[nn.Module, int], image: Tensor) -> None:
+    network = MultiRaterNet(base[0], channels=2, classes=CLASSES, raters=1, latent=LATENT).eval()
+    labels, available = torch.ones(2, 1, *image.shape[2:]).long(), torch.ones(2, 1).bool()
+    noise = torch.randn(5, 2, LATENT)
+    with torch.no_grad():
+        found = network(
+            image, annotated=posterior_input(image, labels, available, CLASSES), noise=noise
+        )
+        own = network(image, bank=noise)
+    assert bound_loss(found.samples.softmax(2), labels, available) == 0
+    assert len(network.heads) == len(own) == 1
