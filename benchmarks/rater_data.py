@@ -12,7 +12,8 @@ from benchmarks.raw_data import kept_aside, subjects_of
 from nnmosaic.data_conversion.atomic_write import read_json, write_json
 
 PATCH, STAGES = 256, 7
-"""Of a 2D plan. The planner's own covers an image at once, and a step takes four times as long."""
+"""Of a 2D plan at most: for larger images the planner's own covers all of it at once, and a step
+takes four times as long."""
 PHOTO_FOLDS = 3
 SHIFT = 2
 """Voxels by which one of the simulated raters moves the border between two classes."""
@@ -28,20 +29,27 @@ class Photographs:
         In the shared data.
     raters : mapping of str to str
         Rater -> pattern with {stem} for its files, below the folder.
+    reduced : int
+        Pixels of the files, along each axis, that make one of ours.
     foreground_is_zero : bool
         Whether the structure is 0 in the files.
+    single : bool
+        Whether an image shows one object: then all rows keep the largest component of their masks,
+        as nnU-Net's postprocessing does.
     """
 
     folder: str
     labels: tuple[str, ...]
     channels: tuple[str, ...]
     raters: Mapping[str, str]
+    reduced: int
     foreground_is_zero: bool = False
+    single: bool = False
     configuration = "2d"
     file_ending = ".png"
 
     def write(self, data: Path, target: Path) -> dict[str, str]:
-        """Write images and masks at half the resolution, and return case -> person."""
+        """Write images and masks at a lower resolution, and return case -> person."""
         from skimage import io
         from skimage.measure import block_reduce
 
@@ -52,7 +60,8 @@ class Photographs:
             image = io.imread(path).astype(float)
             if len(self.channels) == 1 and image.ndim == 3:
                 image = image[..., :3].mean(2)
-            blocks = (2, 2, *(1,) * (image.ndim - 2))
+            pixels = self.reduced, self.reduced
+            blocks = (*pixels, *(1,) * (image.ndim - 2))
             save_png(block_reduce(image, blocks, np.mean).round(),
                      target / "images", f"{path.stem}_0000")  # fmt: skip
             for rater, pattern in self.raters.items():
@@ -60,8 +69,8 @@ class Photographs:
                 drawn = io.imread(file)
                 drawn = drawn[..., 0] if drawn.ndim == 3 else drawn
                 mask = (drawn == 0) if self.foreground_is_zero else (drawn > 0)
-                half = block_reduce(mask.astype(float), (2, 2), np.mean) >= 0.5
-                save_png(half, target / rater, path.stem)
+                small = block_reduce(mask.astype(float), pixels, np.mean) >= 0.5
+                save_png(small, target / rater, path.stem)
             person = named[path.stem]
             people[path.stem] = path.stem if person == "unknown" else person
         return people
@@ -147,6 +156,16 @@ def save_png(array: np.ndarray, folder: Path, stem: str) -> None:
     io.imsave(folder / f"{stem}.png", array.astype(np.uint8), check_contrast=False)
 
 
+def keep_largest(folder: Path) -> None:
+    """Keep the largest component of each mask (PNG) below a folder."""
+    from acvl_utils.morphology.morphology_helper import remove_all_but_largest_component
+    from skimage import io
+
+    for path in folder.rglob("*.png"):
+        mask = io.imread(path) > 0
+        save_png(remove_all_but_largest_component(mask), path.parent, path.stem)
+
+
 def prepare(data: Path, work: Path, datasets: Mapping[str, Photographs | SimulatedRaters]) -> None:
     """Make raw datasets, preprocess them with the plan of the first, and write their folds.
 
@@ -196,6 +215,8 @@ def _split(people: Mapping[str, str], aside: Collection[str]) -> dict[str, list[
 def _make_patch_smaller(path: Path) -> None:
     plans = read_json(path)
     configuration = plans["configurations"]["2d"]
+    if max(configuration["patch_size"]) <= PATCH:
+        return
     configuration["patch_size"] = [PATCH, PATCH]
     arguments = configuration["architecture"]["arch_kwargs"]
     arguments["n_stages"] = STAGES

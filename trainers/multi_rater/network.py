@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from nnmosaic.trainers.decoder_stages import decoder_stages
 
 NARROWEST = 8
-"""Channels of the new parts at least: a combiner of fewer may begin with no unit alive."""
+"""Channels of the new parts at least."""
 LEVELS = 5
 """Of the encoders of the latent; each has twice the channels of the one before."""
 LOG_SIGMA_RANGE = (-7.0, 5.0)
@@ -103,6 +104,8 @@ class LatentEncoder(nn.Module):
 class Combiner(nn.Module):
     """From features and a code to logits, voxel by voxel (2.1).
 
+    With nnU-Net's leaky units: of few others so many may die that the code has no effect.
+
     The first layer of the concatenation, W [h; z], is W_h h + W_z z: for a further code only the
     second part is new.
 
@@ -121,11 +124,11 @@ class Combiner(nn.Module):
         self.of_features = conv_op(features, width, 1)
         self.of_code = nn.Linear(latent, width, bias=False)
         self.rest = nn.Sequential(
-            nn.ReLU(),
+            nn.LeakyReLU(),
             conv_op(width, width, 1),
-            nn.ReLU(inplace=True),
+            nn.LeakyReLU(inplace=True),
             conv_op(width, width, 1),
-            nn.ReLU(inplace=True),
+            nn.LeakyReLU(inplace=True),
             conv_op(width, classes, 1),
         )
         for module in self.modules():
@@ -175,8 +178,8 @@ class Combiner(nn.Module):
         for first in range(0, voxels.shape[1], VOXELS_AT_ONCE):
             inside = voxels[:, first : first + VOXELS_AT_ONCE].to(weight.device).float() + shift
             for layer in self.rest:
-                if isinstance(layer, nn.ReLU):
-                    inside = inside.relu_()
+                if isinstance(layer, nn.LeakyReLU):
+                    inside = functional.leaky_relu_(inside, layer.negative_slope)
                 else:
                     inside = torch.addmm(layer.bias[:, None], layer.weight.flatten(1), inside)
             found.append(inside)
