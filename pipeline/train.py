@@ -267,6 +267,7 @@ def load_pretrained(trainer: Any, path: Path) -> None:
             raise InputError(f"{path} does not fit this network: {error}") from None
     if isinstance(trainer, nnUNetTrainerMosaic):
         trainer.take_pretrained(checkpoint)
+        trainer.pretrained = None  # as large as a second model
 
 
 def _train_on(device: Any, num_gpus: int, arguments: tuple[Any, ...]) -> None:

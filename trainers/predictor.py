@@ -66,7 +66,7 @@ def load_predictor(
     Raises
     ------
     InputError
-        If the folder holds no such model.
+        If the folder holds no such model, or weights of another network.
     """
     if not (model / "plans.json").is_file():
         raise InputError(f"{model} is no trained model: it has no plans.json. Train first.")
@@ -94,7 +94,13 @@ def load_predictor(
         device=device,
         allow_tqdm=False,
     )
-    network.load_state_dict(weights[0])
+    try:
+        network.load_state_dict(weights[0])
+    except RuntimeError as error:
+        raise InputError(
+            f"{model}: its weights do not fit the network of its plans.json, which was changed, or "
+            f"made for another version of nnMosaic. Train again. ({error})"
+        ) from None
     predictor.manual_initialization(
         network,
         plans,

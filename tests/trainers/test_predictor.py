@@ -73,3 +73,9 @@ def test_every_fold_gets_its_own_weights(make_trainer: Callable[..., Any]) -> No
     largest = [weights[name].abs().max().item() for weights in predictor.list_of_parameters]
     assert largest[0] > 0
     assert largest[1] == 0
+    path = model / "fold_0" / "checkpoint_final.pth"
+    content = torch.load(path, weights_only=False)
+    del content["network_weights"][name]
+    torch.save(content, path)
+    with pytest.raises(InputError, match=r"do not fit the network of its plans\.json"):
+        load_predictor(model, folds=None, **OPTIONS)
