@@ -84,12 +84,11 @@ PEOPLE = [f"Person{person}_{tool}" for person in (1, 3, 4, 5) for tool in ("Amir
 CHASE = Photographs(
     "chase_db1", ("vessel",), ("R", "G", "B"),
     {"first": "labels_1stHO/{stem}_1stHO.png", "second": "labels_2ndHO/{stem}_2ndHO.png"},
-    reduced=2,
 )  # fmt: skip
 BUBIL = Photographs(
     "bubil_rat_cells", ("cell",), ("grey",),
-    {name: f"labels/{name}/[sS]eg_{{stem}}.png" for name in PEOPLE}, reduced=4,
-    foreground_is_zero=True, single=True,
+    {name: f"labels/{name}/[sS]eg_{{stem}}.png" for name in PEOPLE}, foreground_is_zero=True,
+    single=True,
 )  # fmt: skip
 MISSING = {"complete": 0.0, "half": 0.5, "quarter": 0.75}
 SETTINGS = {
@@ -384,9 +383,9 @@ def main() -> None:
     tables = "\n\n".join(setting_tables(name, options.seeds) for name in SETTINGS)
     text = (
         "# Many raters against their baselines\n\nMade by `python -m benchmarks.multi_rater`. "
-        f"Photographs: {PHOTO_FOLDS} folds by person, CPU plan with a patch of {PATCH} at most; "
-        "vessels at half, cells at a quarter of the resolution; of cells, in all rows, the largest "
-        "component. Hippocampus: every fourth subject is unseen, and has all raters. Seeds "
+        f"Photographs: {PHOTO_FOLDS} folds by person, CPU plan with a patch of {PATCH}, half "
+        "resolution; of cells, in all rows, the largest component. Hippocampus: every fourth "
+        "subject is unseen, and has all raters. Seeds "
         f"{', '.join(map(str, options.seeds))}; every stage takes the same steps, and the models "
         "for single raters together those of our two stages. 10 samples. Intervals: 95 %, "
         "bootstrap over people, of the mean over seeds. Strict: the mask of a rater against this "

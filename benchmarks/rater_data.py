@@ -12,8 +12,7 @@ from benchmarks.raw_data import kept_aside, subjects_of
 from nnmosaic.data_conversion.atomic_write import read_json, write_json
 
 PATCH, STAGES = 256, 7
-"""Of a 2D plan at most: for larger images the planner's own covers all of it at once, and a step
-takes four times as long."""
+"""Of a 2D plan. The planner's own covers an image at once, and a step takes four times as long."""
 PHOTO_FOLDS = 3
 SHIFT = 2
 """Voxels by which one of the simulated raters moves the border between two classes."""
@@ -29,8 +28,6 @@ class Photographs:
         In the shared data.
     raters : mapping of str to str
         Rater -> pattern with {stem} for its files, below the folder.
-    reduced : int
-        Pixels of the files, along each axis, that make one of ours.
     foreground_is_zero : bool
         Whether the structure is 0 in the files.
     single : bool
@@ -42,14 +39,13 @@ class Photographs:
     labels: tuple[str, ...]
     channels: tuple[str, ...]
     raters: Mapping[str, str]
-    reduced: int
     foreground_is_zero: bool = False
     single: bool = False
     configuration = "2d"
     file_ending = ".png"
 
     def write(self, data: Path, target: Path) -> dict[str, str]:
-        """Write images and masks at a lower resolution, and return case -> person."""
+        """Write images and masks at half the resolution, and return case -> person."""
         from skimage import io
         from skimage.measure import block_reduce
 
@@ -60,8 +56,7 @@ class Photographs:
             image = io.imread(path).astype(float)
             if len(self.channels) == 1 and image.ndim == 3:
                 image = image[..., :3].mean(2)
-            pixels = self.reduced, self.reduced
-            blocks = (*pixels, *(1,) * (image.ndim - 2))
+            blocks = (2, 2, *(1,) * (image.ndim - 2))
             save_png(block_reduce(image, blocks, np.mean).round(),
                      target / "images", f"{path.stem}_0000")  # fmt: skip
             for rater, pattern in self.raters.items():
@@ -69,8 +64,8 @@ class Photographs:
                 drawn = io.imread(file)
                 drawn = drawn[..., 0] if drawn.ndim == 3 else drawn
                 mask = (drawn == 0) if self.foreground_is_zero else (drawn > 0)
-                small = block_reduce(mask.astype(float), pixels, np.mean) >= 0.5
-                save_png(small, target / rater, path.stem)
+                half = block_reduce(mask.astype(float), (2, 2), np.mean) >= 0.5
+                save_png(half, target / rater, path.stem)
             person = named[path.stem]
             people[path.stem] = path.stem if person == "unknown" else person
         return people
@@ -215,8 +210,6 @@ def _split(people: Mapping[str, str], aside: Collection[str]) -> dict[str, list[
 def _make_patch_smaller(path: Path) -> None:
     plans = read_json(path)
     configuration = plans["configurations"]["2d"]
-    if max(configuration["patch_size"]) <= PATCH:
-        return
     configuration["patch_size"] = [PATCH, PATCH]
     arguments = configuration["architecture"]["arch_kwargs"]
     arguments["n_stages"] = STAGES

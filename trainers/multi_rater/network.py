@@ -55,6 +55,9 @@ class Diversified(NamedTuple):
 class LatentEncoder(nn.Module):
     """From images to a distribution of codes: convolutions, average pooling, a global mean (2.1).
 
+    The pooled features are divided by their length, which the released code does not: with the
+    learning rates of a short training, codes ran away in the first epoch otherwise.
+
     Parameters
     ----------
     conv_op : type
@@ -97,7 +100,7 @@ class LatentEncoder(nn.Module):
     def forward(self, x: Tensor) -> Gaussian:
         """Return the distribution for images of shape (B, channels, *spatial), of any size."""
         pooled = self.features(x).flatten(2).mean(2)
-        mean, log_sigma = self.code(pooled).float().chunk(2, 1)
+        mean, log_sigma = self.code(functional.normalize(pooled)).float().chunk(2, 1)
         return Gaussian(mean, log_sigma.clamp(*LOG_SIGMA_RANGE))
 
 
