@@ -162,7 +162,7 @@ class Run:
         into: str = "",
     ) -> Path:
         """Train with so many steps an epoch, and return the folder of the validation cases."""
-        from nnmosaic.pipeline.train import train
+        from nnmosaic.pipeline.train import is_finished, train
         from nnmosaic.pipeline.workspace import open_workspace
         from nnmosaic.planners.plans_section import RunSettings
 
@@ -172,13 +172,14 @@ class Run:
             val_iterations_per_epoch=1, seed=self.seed, options=options,
         )  # fmt: skip
         configuration = self.setting.source.configuration
-        train(
-            open_workspace(None), self.setting.dataset, configuration, self.fold, trainer=trainer,
-            plans_name="nnUNetPlans", settings=settings, device="cpu",
-        )  # fmt: skip
         models = self.results / into / self.setting.dataset
-        (model,) = models.glob(f"{trainer}__*__{configuration}")
-        return model / f"fold_{self.fold}" / "validation"
+        folder = models / f"{trainer}__nnUNetPlans__{configuration}" / f"fold_{self.fold}"
+        if not is_finished(folder, trainer, self.dataset):
+            train(
+                open_workspace(None), self.setting.dataset, configuration, self.fold,
+                trainer=trainer, plans_name="nnUNetPlans", settings=settings, device="cpu",
+            )  # fmt: skip
+        return folder / "validation"
 
     def train_one_each(self) -> Path:
         """Train a model for each rater, all together with the steps of our two stages."""
@@ -277,7 +278,7 @@ class Scored:
                 for key in keys:
                     value = value[key]
                 if isinstance(value, Mapping):
-                    value = float(np.mean([v for v in value.values() if v is not None]))
+                    value = float(np.mean(list(value.values())))
                 found.setdefault(case["case"], []).append(value)
         return {case: float(np.mean(several)) for case, several in found.items()}
 
@@ -365,7 +366,7 @@ def setting_tables(name: str, seeds: Sequence[int]) -> str:
     header = ["samples of the first stage", "GED", f"minus that of {against}", "Dice_soft",
               "Dice_max", "Dice_match", "runs"]  # fmt: skip
     second = ["masks of raters", "Dice_mean, strict", f"minus that of {against}",
-              "mask is nearest to its rater", "rater to the own mask", "runs"]  # fmt: skip
+              "masks nearest to their rater", "raters nearest to their mask", "runs"]  # fmt: skip
     return f"## {setting.title}\n\n{table(header, samples)}\n\n{table(second, masks)}"
 
 

@@ -84,7 +84,7 @@ def step_once(work: Path, setting: str, stage: str, factor: int) -> dict[str, fl
             codes = (*found.prior, *found.posterior)
             answers = [*found.logits, found.samples.softmax(2), *codes]
         elif stage == "second stage":
-            answers = [network(data, bank=torch.randn(section.bank, BATCH, section.latent))]
+            answers = [network(data, of_raters=True)]
         else:
             answers = network(data)
         sum(answer.square().sum() for answer in answers).backward()

@@ -184,7 +184,7 @@ def prepare(data: Path, work: Path, datasets: Mapping[str, Photographs | Simulat
             command(
                 "add_raters", "-d", number, "-n", short, "--images", str(files / "images"),
                 "--labels", *source.labels, "--channels", *source.channels,
-                "--file_ending", source.file_ending, "--raters", *raters,
+                "--file_ending", source.file_ending, "--raters", *raters, "--tie", "first_rater",
             )  # fmt: skip
     configuration = next(iter(datasets.values())).configuration
     preprocess_with_one_plan(preprocessed, list(datasets), configuration)

@@ -130,16 +130,12 @@ class RaterPlan:
     prior_samples, prior_samples_3d : int
         Samples whose extremes are held against those of the raters, in a step of the first stage;
         fewer in 3D, for the memory.
-    bank, bank_at_inference : int
-        Codes among which a rater's is sought, in a step of the second stage and afterwards.
     """
 
     raters: tuple[str, ...]
     latent: int = 6
     prior_samples: int = 10
     prior_samples_3d: int = 4
-    bank: int = 100
-    bank_at_inference: int = 500
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,14 @@ class Gaussian(NamedTuple):
     mean: Tensor
     log_sigma: Tensor
 
+    @property
+    def sigma(self) -> Tensor:
+        """Standard deviations."""
+        return self.log_sigma.exp()
+
     def sample(self, noise: Tensor) -> Tensor:
         """Return mean + sigma * noise, shape (..., B, latent), of standard normal noise."""
-        return self.mean + self.log_sigma.exp() * noise
+        return self.mean + self.sigma * noise
 
 
 class Diversified(NamedTuple):
@@ -230,21 +235,24 @@ class RaterHead(nn.Module):
         return query
 
 
-def attend(queries: Tensor, bank: Tensor) -> Tensor:
-    """Return, for each query, the mean of the bank weighted by softmax of the products (3.1, 4).
+def codes_of_raters(queries: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
+    """Return, for each query, the mean of the prior's codes weighted by exp(query . code) (3.1, 4).
+
+    The released code draws a bank of codes and weighs them by softmax. Of a normal distribution the
+    weighted mean is known, mean + sigma^2 * query: this is the limit of a large bank. A bank of 100
+    or 500 codes ends soon in the direction of a query, and each draw elsewhere.
 
     Parameters
     ----------
-    queries : Tensor, shape (R, B, latent)
-    bank : Tensor, shape (N, B, latent)
+    queries : Tensor, shape (R, ..., latent)
+    mean, sigma : Tensor, shape (..., latent)
+        Of the prior.
 
     Returns
     -------
-    Tensor, shape (R, B, latent)
-        Inside the range of the bank, in every dimension.
+    Tensor, shape (R, ..., latent)
     """
-    weights = torch.einsum("rbd,nbd->rnb", queries, bank).softmax(1)
-    return torch.einsum("rnb,nbd->rbd", weights, bank)
+    return mean + sigma.square() * queries
 
 
 class MultiRaterNet(nn.Module):
@@ -305,7 +313,7 @@ class MultiRaterNet(nn.Module):
         *,
         annotated: Tensor | None = None,
         noise: Tensor | None = None,
-        bank: Tensor | None = None,
+        of_raters: bool = False,
     ) -> Any:
         """Return logits for one code; or what a stage learns from.
 
@@ -316,8 +324,8 @@ class MultiRaterNet(nn.Module):
             What the posterior sees, `posterior_input`; with ``noise``, the first stage.
         noise : Tensor, optional, shape (1 + M, B, latent)
             Standard normal: first for the posterior, the rest for samples from the prior.
-        bank : Tensor, optional, shape (N, B, latent)
-            Standard normal, for the bank of codes from the prior: the second stage.
+        of_raters : bool
+            Whether the second stage answers.
 
         Returns
         -------
@@ -326,12 +334,12 @@ class MultiRaterNet(nn.Module):
         Diversified
             With ``annotated``.
         Tensor, shape (R, B, C, *spatial)
-            With ``bank``: logits of each rater.
+            With ``of_raters``: logits of each rater.
         """
-        if bank is not None:
+        if of_raters:
             with torch.no_grad():
-                features, codes = self.features(x), self.prior(x).sample(bank)
-            own = attend(self.queries(features[0]), codes)
+                features, prior = self.features(x), self.prior(x)
+            own = codes_of_raters(self.queries(features[0]), prior.mean, prior.sigma)
             return self.decoder.seg_layers[-1](features[0], own)
         features = self.features(x)
         if self.shared_only:

@@ -158,16 +158,12 @@ class HeadLearner:
 
     def _mean_losses(self, network: MultiRaterNet, batches: Any) -> Tensor:
         """Return the loss of each head, shape (R,)."""
-        generator = torch.random.get_rng_state()  # the same banks for whoever is compared
-        torch.manual_seed(0)
         with torch.no_grad():
             losses = [self._losses(network, data, target) for data, target in batches]
-        torch.random.set_rng_state(generator)
         return torch.stack(losses).mean(0)
 
     def _losses(self, network: MultiRaterNet, data: Tensor, target: Tensor) -> Tensor:
-        noise = torch.randn(self.plan.bank, len(data), self.plan.latent).to(self.device)
-        logits = network(data, bank=noise)
+        logits = network(data, of_raters=True)
         return torch.stack([self.loss(one, target) for one in logits])
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -75,8 +75,7 @@ class nnUNetTrainerMultiRaterPersonalized(MultiRaterTrainer):
 
     def _terms(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
         labels, available = self._annotations(batch)
-        size = self.rater_plan.bank, len(labels), self.rater_plan.latent
-        logits: Tensor = self.network(batch["data"], bank=torch.randn(size, device=self.device))
+        logits: Tensor = self.network(batch["data"], of_raters=True)
         total = 0 * logits.sum()
         for r, there in enumerate(available.T):
             if there.any():

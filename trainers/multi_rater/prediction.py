@@ -18,7 +18,7 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from torch import Tensor
 
 from nnmosaic.planners.plans_section import rater_plan
-from nnmosaic.trainers.multi_rater.network import MultiRaterNet, attend
+from nnmosaic.trainers.multi_rater.network import MultiRaterNet, codes_of_raters
 from nnmosaic.trainers.multi_rater.wanted_masks import RATERS, SAMPLES, WantedMasks
 from nnmosaic.trainers.resumable import plain_network
 
@@ -112,14 +112,13 @@ class RaterPredictor:
                 if self.wanted.raters:
                     queries.append(network.queries(network.features(x)[0])[:, 0].cpu())
             means.append(prior.mean[0].cpu())
-            variances.append((2 * prior.log_sigma[0]).exp().cpu())
+            variances.append(prior.sigma[0].square().cpu())
         mean, sigma = torch.stack(means).mean(0), torch.stack(variances).mean(0).sqrt()
         share = len(np.array_split(range(self.wanted.samples), self._networks)[fold])
-        samples = mean + sigma * self._noise(share, case, fold, 0)
+        samples = mean + sigma * self._noise(share, case, fold)
         raters = torch.zeros(0, len(mean))
         if self.wanted.raters:
-            bank = mean + sigma * self._noise(self.plan.bank_at_inference, case, fold, 1)
-            own = attend(torch.stack(queries).mean(0)[:, None], bank[:, None])[:, 0]
+            own = codes_of_raters(torch.stack(queries).mean(0), mean, sigma)
             raters = own[[self.plan.raters.index(name) for name in self.wanted.raters]]
         return _Opinion(mean, sigma, samples, raters)
 
@@ -131,8 +130,8 @@ class RaterPredictor:
             self.predictor.tile_step_size = step
         return tiles
 
-    def _noise(self, number: int, case: str, fold: int, stream: int) -> Tensor:
-        entropy = (self.wanted.seed, zlib.crc32(case.encode()), fold, stream)
+    def _noise(self, number: int, case: str, fold: int) -> Tensor:
+        entropy = (self.wanted.seed, zlib.crc32(case.encode()), fold)
         noise = np.random.default_rng(entropy).standard_normal((number, self.plan.latent))
         return torch.from_numpy(noise.astype(np.float32))
 

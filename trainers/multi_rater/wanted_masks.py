@@ -62,7 +62,7 @@ class WantedMasks:
                 f"{' or '.join(FIRST_STAGE)}."
             )
         plan = rater_plan(plans)
-        raters = plan.raters if self.raters == (ALL,) else self.raters
+        raters = plan.raters if ALL in self.raters else tuple(dict.fromkeys(self.raters))
         unknown = [name for name in raters if name not in plan.raters]
         if unknown:
             raise InputError(

@@ -11,7 +11,12 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from torch import Tensor, nn
 
 from nnmosaic.trainers.multi_rater.loss import bound_loss, posterior_input
-from nnmosaic.trainers.multi_rater.network import Combiner, Diversified, MultiRaterNet, attend
+from nnmosaic.trainers.multi_rater.network import (
+    Combiner,
+    Diversified,
+    MultiRaterNet,
+    codes_of_raters,
+)
 from nnmosaic.trainers.multi_rater.new_rater import with_head
 
 CLASSES, RATERS, LATENT = 3, 4, 6
@@ -61,7 +66,7 @@ def test_heads_learn_and_statistics_of_batch_normalisation_stay() -> None:
         parameter.requires_grad_(name.startswith("heads."))
     before = copy.deepcopy(network.train().state_dict())
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.1)
-    network(torch.randn(2, 2, 16, 24), bank=torch.randn(20, 2, LATENT)).square().mean().backward()
+    network(torch.randn(2, 2, 16, 24), of_raters=True).square().mean().backward()
     optimizer.step()
     after = network.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -194,7 +199,7 @@ def test_second_stage_trains_its_heads_only_where_asked(
     network.requires_grad_(False)
     network.heads.requires_grad_(True)
     before = deepcopy(network.state_dict())
-    logits = network(image, bank=torch.randn(50, 2, LATENT))
+    logits = network(image, of_raters=True)
     assert logits.shape == (RATERS, 2, CLASSES, *image.shape[2:])
     optimizer = torch.optim.SGD(network.heads.parameters(), 1.0)
     logits[1].square().sum().backward()
@@ -206,22 +211,24 @@ def test_second_stage_trains_its_heads_only_where_asked(
         assert torch.equal(value, before[name]) or name.startswith("heads.1.")
 
 
-def test_attention_stays_inside_the_bank() -> None:
+def attend(queries: Tensor, bank: Tensor) -> Tensor:
+    """Return the codes of a bank (N, B, latent), weighted as the released code does (3.1, 4)."""
+    weights = torch.einsum("rbd,nbd->rnb", queries, bank).softmax(1)
+    return torch.einsum("rnb,nbd->rbd", weights, bank)
+
+
+def test_the_code_of_a_rater_is_the_limit_of_a_large_bank() -> None:
     torch.manual_seed(1)
-    queries, bank = torch.randn(RATERS, 2, LATENT), torch.randn(40, 2, LATENT)
-    own = attend(queries, bank)
+    queries, mean = 0.4 * torch.randn(RATERS, 2, LATENT), torch.randn(2, LATENT)
+    sigma = torch.rand(2, LATENT) + 0.5
+    own = codes_of_raters(queries, mean, sigma)
     assert own.shape == queries.shape
-    assert (own >= bank.amin(0) - 1e-6).all()
-    assert (own <= bank.amax(0) + 1e-6).all()
-    shuffled = attend(queries, bank[torch.randperm(40)])
-    torch.testing.assert_close(own, shuffled, rtol=1e-5, atol=1e-6)
-    same = attend(queries, bank[:1].expand(40, -1, -1))
-    torch.testing.assert_close(same, bank[:1].expand_as(same), rtol=1e-5, atol=1e-6)
-    centre = attend(torch.zeros_like(queries), bank)
-    torch.testing.assert_close(centre[0], bank.mean(0), rtol=1e-5, atol=1e-6)
-    # By hand, for one rater and sample.
-    weights = torch.softmax(bank[:, 1] @ queries[2, 1], 0)
-    torch.testing.assert_close(own[2, 1], weights @ bank[:, 1], rtol=1e-5, atol=1e-6)
+    banks = [mean + sigma * torch.randn(number, 2, LATENT) for number in (500, 50000)]
+    far, near = ((attend(queries, bank) - own).abs().max() for bank in banks)
+    assert near < 0.06
+    assert near < far
+    torch.testing.assert_close(codes_of_raters(0 * queries, mean, sigma)[0], mean)
+    torch.testing.assert_close(codes_of_raters(queries, mean, 0 * sigma)[1], mean)
 
 
 def test_queries_may_move_the_opinion_either_way(network: MultiRaterNet, image: Tensor) -> None:
@@ -240,6 +247,6 @@ def test_one_rater(base: tuple[nn.Module, int], image: Tensor) -> None:
         found = network(
             image, annotated=posterior_input(image, labels, available, CLASSES), noise=noise
         )
-        own = network(image, bank=noise)
+        own = network(image, of_raters=True)
     assert bound_loss(found.samples.softmax(2), labels, available) == 0
     assert len(network.heads) == len(own) == 1
