@@ -352,7 +352,7 @@ def setting_tables(name: str, seeds: Sequence[int]) -> str:
         if own:
             others = [
                 interval(found.values("diversified", "samples", key), people)
-                for key in ("dice_soft", "max_of_annotations", "match")
+                for key in ("dice_soft", "max_of_annotations", "match", "variance_ratio")
             ]
             change = "-" if found.runs == reference.runs else _against(own, ged, people)
             samples.append([row, interval(own, people), change, *others, runs])
@@ -364,7 +364,7 @@ def setting_tables(name: str, seeds: Sequence[int]) -> str:
                 masks.append([title, interval(own, people), change, *found.identified(part), runs])
     against = "ours" if setting.reference == name else "ours, complete"
     header = ["samples of the first stage", "GED", f"minus that of {against}", "Dice_soft",
-              "Dice_max", "Dice_match", "runs"]  # fmt: skip
+              "Dice_max", "Dice_match", "variance ratio", "runs"]  # fmt: skip
     second = ["masks of raters", "Dice_mean, strict", f"minus that of {against}",
               "masks nearest to their rater", "raters nearest to their mask", "runs"]  # fmt: skip
     return f"## {setting.title}\n\n{table(header, samples)}\n\n{table(second, masks)}"
@@ -402,9 +402,11 @@ def main() -> None:
         "subject is unseen, and has all raters. Seeds "
         f"{', '.join(map(str, options.seeds))}; every stage takes the same steps, and the models "
         "for single raters together those of our two stages. 10 samples. Intervals: 95 %, "
-        "bootstrap over people, of the mean over seeds. Strict: the mask of a rater against this "
-        "rater only; a model with one mask is held against each. Nearest: the share of masks whose "
-        "Dice is highest with their own rater, and of annotations with their own rater's mask; "
+        "bootstrap over people, of the mean over seeds. Variance ratio: that of the samples over "
+        "that of the raters. Fused: the majority, ties as the first rater. Strict: the mask of a "
+        "rater against this rater only; a model with one mask is held against each. Nearest: the "
+        "share of masks whose Dice is highest with their own rater, and of annotations with their "
+        "own rater's mask; "
         f"swapped: with masks dealt to the wrong raters, 95 %.\n\n{tables}\n\n"
         f"Runs: {' / '.join(sources)}\n"
     )

@@ -123,6 +123,8 @@ def parse_raters(texts: Sequence[str]) -> dict[str, Path]:
         name, equals, folder = text.partition("=")
         if not (name and equals and folder):
             raise InputError(f"--raters {text}: expected RATER=FOLDER, for example A1=masks/anna.")
+        if name == "all":
+            raise InputError("--raters all=...: predict --raters all means everyone. Rename it.")
         if name in raters:
             raise InputError(f"--raters names {name} twice. Give each rater one folder.")
         if not Path(folder).is_dir():

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK
+from scipy.ndimage import binary_dilation
 
 from nnmosaic.pipeline.cli import main
 from nnmosaic.pipeline.run import _stages
@@ -67,6 +68,10 @@ def test_everything_of_a_second_stage(both_stages: Path) -> None:
     mean = array(output / "case00.nii.gz")
     assert (mean > 0).sum() > 100
     assert (label[mean > 0] > 0).mean() > 0.9
+    around = binary_dilation(label > 0, iterations=3)
+    assert around.mean() < 0.5
+    for values in (entropy, disagreement, variance):
+        assert around[values > values.max() / 2].mean() > 0.9
     latents = json.loads((output / "latents" / "case00.json").read_text())
     assert latents["raters"] == ["small", "exact", "large"]
     (network,) = latents["networks"]

@@ -14,6 +14,9 @@ from nnmosaic.pipeline.cli import main
 TRAINER = "nnUNetTrainerSelfDisambiguationContext"
 MODEL = f"nnUNet_results/Dataset007_Merged/{TRAINER}__nnUNetPlans__3d_fullres"
 
+PREDICT = ("nnunetv2.inference.predict_from_raw_data", "predict_entry_point")
+WORKERS = ("-device", "cpu", "-npp", "1", "-nps", "1")
+
 # Where torchvision is a CUDA build beside a CPU torch, it misses two operators (see the README).
 CURE = """
 import torch
@@ -57,12 +60,36 @@ def test_stock_commands_train_and_predict_what_ours_do(
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     model = ("-d", "7", "-c", "3d_fullres", "-tr", TRAINER, "-f", "0")
     model = (*model, "-chk", "checkpoint_teacher_final.pth")
-    predict = ("nnunetv2.inference.predict_from_raw_data", "predict_entry_point")
-    workers = ("-device", "cpu", "-npp", "1", "-nps", "1")
-    prediction = stock(*predict, "-i", str(images), "-o", str(theirs), *model, *workers)
+    prediction = stock(*PREDICT, "-i", str(images), "-o", str(theirs), *model, *WORKERS)
     assert main(["predict", "-i", str(images), "-o", str(ours), *model]) == 0
     assert prediction.wait() == 0
 
+    compare(ours, theirs, cases=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["Diversified", "Personalized"])
+def test_stock_prediction_of_raters_is_the_mask_of_the_mean_opinion(
+    both_stages: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+) -> None:
+    capsys.readouterr()
+    assert main(["trainer_path"]) == 0
+    monkeypatch.setenv("nnUNet_extTrainer", capsys.readouterr().out.strip())
+    folders = {name: tmp_path / name for name in ("ours", "theirs")}
+    model = ("-d", "8", "-c", "3d_fullres", "-tr", f"nnUNetTrainerMultiRater{stage}", "-f", "0")
+    images = ("-i", str(both_stages / "images"))
+    prediction = stock(*PREDICT, *images, "-o", str(folders["theirs"]), *model, *WORKERS)
+    assert main(["predict", *images, "-o", str(folders["ours"]), *model]) == 0
+    assert prediction.wait() == 0
+    compare(folders["ours"], folders["theirs"], cases=len(list(folders["ours"].glob("*.nii.gz"))))
+
+
+def compare(ours: Path, theirs: Path, *, cases: int) -> None:
+    """Assert that label maps differ by rounding at most, and show something."""
     differing = voxels = found = 0
     for path in sorted(theirs.glob("*.nii.gz")):
         a, b = (
@@ -71,6 +98,7 @@ def test_stock_commands_train_and_predict_what_ours_do(
         )
         differing, voxels = differing + int(np.sum(a != b)), voxels + a.size
         found += int(np.sum(a > 0))
-    assert voxels == 10 * 20 * 24 * 22
+    assert cases > 0
+    assert voxels == cases * 20 * 24 * 22
     assert found > 0.01 * voxels
     assert differing <= voxels / 100_000

@@ -89,6 +89,13 @@ def test_what_stands_where_a_rater_is_absent_changes_nothing(first: Any, second:
         assert one
         for name, gradient in one.items():
             assert torch.equal(gradient, other[name])
+        losses = []
+        for value in (-2, 1, 2):
+            torch.manual_seed(5)
+            filled = absent_filled(batch, available, value)
+            with torch.no_grad():
+                losses.append(sum(trainer._terms(filled)[0].values()).item())
+        assert losses[0] == losses[1] == losses[2]
 
 
 def test_a_case_trains_only_the_heads_of_its_raters(second: Any) -> None:
