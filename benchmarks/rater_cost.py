@@ -22,15 +22,15 @@ from benchmarks.report import footer, provenance, table, write
 from nnmosaic.data_conversion.atomic_write import read_json
 from nnmosaic.planners.plans_section import rater_plan
 
-MEASURED = ("chase", "bubil")
+MEASURED = ("chase", "bubil", "complete")
 REPEATS, SAMPLES = 3, 16
 BATCH, STEPS = 4, 3
 PLAIN, RATERS = "plain nnU-Net", "16 samples and all raters"
 STAGES = {PLAIN: "nnUNetTrainerMosaic", "first stage": FIRST, "second stage": SECOND}
 FEATURES = {"CPU plan": 1, "nnU-Net's width": 4}
 """Factor on the features of the CPU plan, which begins with 8."""
-WIDEST = 512
-"""nnU-Net's, in 2D."""
+WIDEST = {"2d": 512, "3d_fullres": 320}
+"""nnU-Net's."""
 
 
 def _plan(work: Path, setting: str, factor: int) -> Any:
@@ -38,12 +38,13 @@ def _plan(work: Path, setting: str, factor: int) -> Any:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     base = work / "nnUNet_preprocessed" / SETTINGS[setting].dataset
+    name = SETTINGS[setting].source.configuration
     plans = read_json(base / "nnUNetPlans.json")
-    architecture = plans["configurations"]["2d"]["architecture"]["arch_kwargs"]
-    wider = [min(WIDEST, factor * n) for n in architecture["features_per_stage"]]
+    architecture = plans["configurations"][name]["architecture"]["arch_kwargs"]
+    wider = [min(WIDEST[name], factor * n) for n in architecture["features_per_stage"]]
     architecture["features_per_stage"] = wider
     manager = PlansManager(plans)
-    return manager, manager.get_configuration("2d"), read_json(base / "dataset.json")
+    return manager, manager.get_configuration(name), read_json(base / "dataset.json")
 
 
 def _network(trainer: str, plan: Any, *, deep_supervision: bool) -> Any:
@@ -69,20 +70,29 @@ def step_once(work: Path, setting: str, stage: str, factor: int) -> dict[str, fl
     """Return seconds (median) and memory (GB, of the steps alone) of passes there and back."""
     import torch
 
+    from nnmosaic.trainers.multi_rater.loss import bound_loss, energy_set_loss, posterior_input
+
     plan = _plan(work, setting, factor)
     network = _network(STAGES[stage], plan, deep_supervision=stage != "second stage").train()
     manager, configuration, content = plan
     section = rater_plan(manager.plans)
     data = torch.randn(BATCH, len(content["channel_names"]), *configuration.patch_size)
-    raters = torch.rand(BATCH, len(section.raters) * len(content["labels"]), *data.shape[2:])
+    classes, shape = len(content["labels"]), (BATCH, len(section.raters))
+    drawn = torch.randint(classes, (*shape, *data.shape[2:]))
+    available = torch.ones(shape, dtype=torch.bool)
+    samples = section.prior_samples if data.dim() == 4 else section.prior_samples_3d
     seconds, before = [], _peak_gigabytes()
     for _ in range(STEPS):
         start = time.perf_counter()
         if stage == "first stage":
-            noise = torch.randn(1 + section.prior_samples, BATCH, section.latent)
-            found = network(data, annotated=torch.cat([data, raters], 1), noise=noise)
-            codes = (*found.prior, *found.posterior)
-            answers = [*found.logits, found.samples.softmax(2), *codes]
+            noise = torch.randn(1 + samples, BATCH, section.latent)
+            annotated = posterior_input(data, drawn, available, classes)
+            found = network(data, annotated=annotated, noise=noise)
+            terms = [
+                term(found.samples.softmax(2), drawn, available)
+                for term in (bound_loss, energy_set_loss)
+            ]
+            answers = [*found.logits, *found.prior, *found.posterior, *terms]
         elif stage == "second stage":
             answers = [network(data, of_raters=True)]
         else:
@@ -109,8 +119,9 @@ def predict_once(work: Path, setting: str, what: str, factor: int) -> dict[str, 
         perform_everything_on_device=False, device=torch.device("cpu"), allow_tqdm=False
     )
     network = _network(trainer, plan, deep_supervision=False)
+    axes = tuple(range(len(configuration.patch_size)))
     predictor.manual_initialization(
-        network, manager, configuration, None, content, trainer, (0, 1)
+        network, manager, configuration, None, content, trainer, axes
     )  # fmt: skip
     base = work / "nnUNet_preprocessed" / SETTINGS[setting].dataset
     dataset = RaterDataset(str(base / configuration.data_identifier))
@@ -187,8 +198,8 @@ def main() -> None:
         "# Cost of samples and raters\n\nMade by `python -m benchmarks.rater_cost`; medians of "
         f"{REPEATS} processes each. Peak memory; in training without what there was before the "
         f"steps.\n\n## Passes there and back, batch {BATCH}\n\n"
-        f"{cost_table(work, list(STAGES), found)}\n\n## Prediction of one preprocessed case, 4 "
-        "mirrored copies, with all files\n\n"
+        f"{cost_table(work, list(STAGES), found)}\n\n## Prediction of one preprocessed case, "
+        "all mirrored copies, with all files\n\n"
         f"{cost_table(work, [PLAIN, RATERS], found)}\n\n{footer(source)}\n"
     )
     write("rater_cost", {**source, "runs": found}, text)
