@@ -394,7 +394,11 @@ def main() -> None:
         content = read_json(path)
         source = {key: content[key] for key in (*provenance(), "threads", "epochs and steps")}
         sources[footer(source)] = source
-    tables = "\n\n".join(setting_tables(name, options.seeds) for name in SETTINGS)
+    begun = [
+        name for name in SETTINGS
+        if any(path.is_file() for path in runs_of([name], options.seeds))
+    ]  # fmt: skip
+    tables = "\n\n".join(setting_tables(name, options.seeds) for name in begun)
     text = (
         "# Many raters against their baselines\n\nMade by `python -m benchmarks.multi_rater`. "
         f"Photographs: {PHOTO_FOLDS} folds by person, CPU plan with a patch of {PATCH}, half "
