@@ -88,10 +88,8 @@ def step_once(work: Path, setting: str, stage: str, factor: int) -> dict[str, fl
             noise = torch.randn(1 + samples, BATCH, section.latent)
             annotated = posterior_input(data, drawn, available, classes)
             found = network(data, annotated=annotated, noise=noise)
-            terms = [
-                term(found.samples.softmax(2), drawn, available)
-                for term in (bound_loss, energy_set_loss)
-            ]
+            probabilities = found.samples.softmax(2)
+            terms = [f(probabilities, drawn, available) for f in (bound_loss, energy_set_loss)]
             answers = [*found.logits, *found.prior, *found.posterior, *terms]
         elif stage == "second stage":
             answers = [network(data, of_raters=True)]

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 MEMORY_FACTOR: Mapping[str, float] = {
     "nnUNetTrainerMosaic": 1.0,
     "nnUNetTrainerSelfDisambiguation": 1.0,
-    "nnUNetTrainerMultiRaterDiversified": 1.7,
-    "nnUNetTrainerMultiRaterPersonalized": 1.7,
+    "nnUNetTrainerMultiRaterDiversified": 2.0,
+    "nnUNetTrainerMultiRaterPersonalized": 2.0,
 }
 """Trainer -> factor; 1 for all others. Self-disambiguation changes the loss only: on a CPU its
 process took 1.00 times the memory (``python -m benchmarks.planning``). The first stage for many
-raters took 1.6 to 1.7 times that of the steps alone, with nnU-Net's 32 features
+raters took 1.7 (2D) to 2.0 times (3D) that of the steps alone, with nnU-Net's 32 features
 (``python -m benchmarks.rater_cost``); the second stage shares its plans."""
 
 

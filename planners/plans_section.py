@@ -215,11 +215,13 @@ def read_section(plans: Mapping[str, Any]) -> PlansSection:
     """
     section = plans.get(SECTION, {})
     settings = section.get("run_settings", {})
-    unknown = sorted(set(settings) - {field.name for field in fields(RunSettings)})
-    if unknown:
-        raise InputError(
-            f'The plans hold the unknown setting "{SECTION}.run_settings.{unknown[0]}".'
-        )
+    for name, known in (("run_settings", RunSettings), ("multirater", RaterPlan)):
+        unknown = sorted(set(section.get(name, {})) - {field.name for field in fields(known)})
+        if unknown:
+            raise InputError(
+                f'The plans hold the unknown setting "{SECTION}.{name}.{unknown[0]}". Correct it, '
+                "or plan again with nnmosaic plan_and_preprocess."
+            )
     return PlansSection(
         section.get("budget", {}),
         RunSettings(**settings),

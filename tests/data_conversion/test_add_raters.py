@@ -137,6 +137,7 @@ def test_a_single_rater_and_bad_arguments_are_refused(
         (["A"], "expected RATER=FOLDER"),
         ([f"A={files['A']}", f"A={files['B']}"], "names A twice"),
         (["A=nowhere"], "nowhere does not exist"),
+        ([f"all={files['A']}"], "means everyone"),
     ):
         with pytest.raises(InputError, match=message):
             parse_raters(text)

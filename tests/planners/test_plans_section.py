@@ -47,6 +47,9 @@ def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
         RunSettings(**wrong)
 
 
-def test_an_unknown_setting_in_the_plans_is_refused() -> None:
-    with pytest.raises(InputError, match="unknown setting"):
-        read_section({"nnmosaic": {"run_settings": {"epoch": 3}}})
+@pytest.mark.parametrize(
+    "section", [{"run_settings": {"epoch": 3}}, {"multirater": {"raters": ["A", "B"], "bank": 100}}]
+)
+def test_an_unknown_setting_in_the_plans_is_refused(section: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"unknown setting .*\.(epoch|bank)\"\. Correct it"):
+        read_section({"nnmosaic": section})

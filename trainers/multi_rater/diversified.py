@@ -75,12 +75,13 @@ class nnUNetTrainerMultiRaterDiversified(MultiRaterTrainer):
             "segmentation": self.segmentation_loss(found.logits, of_raters(maps, raters), batch),
             "kl": self.kl_weight * distance,
         }
+        probabilities = found.samples.softmax(2)
         if self.bound_weight:
             terms["bound"] = self.bound_weight * bound_loss(
-                found.samples.softmax(2), labels, available, cross_entropy=self.bound_cross_entropy
+                probabilities, labels, available, cross_entropy=self.bound_cross_entropy
             )
         if self.energy_weight:
-            energy = energy_set_loss(found.samples.softmax(2), labels, available)
+            energy = energy_set_loss(probabilities, labels, available)
             terms["energy"] = self.energy_weight * energy
         return terms, found
 

@@ -29,7 +29,7 @@ class WantedMasks:
     uncertainty : bool
         Whether maps of the samples are written.
     seed : int
-        Samples and raters' masks depend on it, on the name of the case, and not on the order.
+        Samples depend on it, on the name of the case, and not on the order; raters' masks do not.
     """
 
     raters: tuple[str, ...] = ()
