@@ -172,12 +172,17 @@ SETTINGS = {
     ),
     "few2": Setting("Hippocampus, 2 training cases", HIPPOCAMPUS, 2, CHOSEN_ROWS),
     "few8": Setting("Hippocampus, 8 training cases", HIPPOCAMPUS, 8, CHOSEN_ROWS),
-    "few32": Setting("Hippocampus, 32 training cases", HIPPOCAMPUS, 32, CHOSEN_ROWS, draws=(0, 1)),
+    "few32": Setting(
+        "Hippocampus, 32 training cases",
+        HIPPOCAMPUS,
+        32,
+        {PLAIN_ROW: Row(PLAIN), AS_WITH_FEW: Row(options=CHOSEN)},
+    ),
     "chaos": Setting("CHAOS T2, 3 training patients", CHAOS, 3, CHOSEN_ROWS),
     "partial": Setting(
-        "Hippocampus, all cases, half of the subjects anterior only, the others posterior only",
+        "Hippocampus, 8 training cases, some of them anterior only, the others posterior only",
         PARTIAL,
-        None,
+        8,
         {
             "self-disambiguation": Row(SOURCES),
             "self-disambiguation, equal compute": Row(SOURCES, compute=COMPUTE_OF_CHOSEN),
@@ -219,9 +224,10 @@ def prepare(data: Path, work: Path, settings: Sequence[str]) -> None:
     datasets = {SETTINGS[name].dataset for name in settings}
     if datasets & {HIPPOCAMPUS, PARTIAL}:
         self_disambiguation.prepare(data, work, {"hippocampus"})
-        command(
-            "few_shot", "-d", HIPPOCAMPUS, "--cases", "2", "4", "8", "32", "--draws", str(DRAWS)
-        )
+        for dataset in (HIPPOCAMPUS, PARTIAL):
+            command(
+                "few_shot", "-d", dataset, "--cases", "2", "4", "8", "32", "--draws", str(DRAWS)
+            )
     if CHAOS in datasets:
         done = work / "chaos_prepared"
         if not done.is_file():
