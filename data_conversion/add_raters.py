@@ -5,7 +5,7 @@ of each rater. A rater without a file for a case has not annotated it.
 """
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,9 +23,12 @@ from nnmosaic.data_conversion.dataset_json import (
     parse_dataset_json,
 )
 from nnmosaic.data_conversion.errors import InputError
-from nnmosaic.data_conversion.label_fusion import Tie, majority, staple
+from nnmosaic.data_conversion.label_fusion import Staple, Tie, majority, staple
 from nnmosaic.data_conversion.new_dataset import building, link_file, link_images
 from nnmosaic.data_conversion.raw_dataset import RATERS_FOLDER, Case, find_image_cases
+
+STAPLE_FILE = "staple.json"
+"""Case -> class -> rater -> sensitivity and specificity, of the classes that somebody drew."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,10 @@ def add_raters(
         for rater in raters:
             (folder / RATERS_FOLDER / rater).mkdir(parents=True)
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda case: write(case, folder), cases))
+            qualities = list(pool.map(lambda case: write(case, folder), cases))
+        if what.fusion == "staple":
+            names = [case.identifier for case in cases]
+            write_json(dict(zip(names, qualities, strict=True)), folder / STAPLE_FILE)
         write_json(content, folder / "dataset.json")
     return {name: sum(name in dict(case.raters) for case in cases) for name in raters}
 
@@ -176,7 +182,8 @@ def _read_subjects(path: Path, cases: Sequence[Case]) -> dict[str, str]:
 
 def _write_case(
     case: Case, folder: Path, *, what: RaterDataset, dataset: DatasetJson, copy_files: bool
-) -> None:
+) -> dict[str, Any]:
+    """Write a case, and return how good STAPLE finds its raters: class -> rater -> rates."""
     reader = reader_of(dataset)
     image, properties = read_image(case, reader, num_channels=len(what.channels))
     legal = dataset.legal_values(case.identifier)
@@ -189,8 +196,22 @@ def _write_case(
         link_file(path, folder / RATERS_FOLDER / rater / name, copy=copy_files)
     link_images(case, folder / "imagesTr", case.identifier, what.file_ending, copy=copy_files)
     labels, classes = np.stack(drawn), len(dataset.labels)
+    qualities: dict[str, Any] = {}
     if what.fusion == "staple":
-        fused = staple(labels, classes)
+        found = staple(labels, classes)
+        fused, qualities = found.fused, _qualities(found, what.classes, dict(case.raters))
     else:
         fused = majority(labels, classes, tie=what.tie)
     reader.write_seg(fused.astype(np.uint8), str(folder / "labelsTr" / name), properties)
+    return qualities
+
+
+def _qualities(found: Staple, classes: Sequence[str], raters: Iterable[str]) -> dict[str, Any]:
+    return {
+        name: {
+            rater: {"sensitivity": float(sensitivity), "specificity": float(specificity)}
+            for rater, sensitivity, specificity in zip(raters, *rates, strict=True)
+        }
+        for name, *rates in zip(classes, found.sensitivity, found.specificity, strict=True)
+        if not np.isnan(rates).any()
+    }

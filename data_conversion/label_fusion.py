@@ -1,6 +1,6 @@
 """One label map from those of several raters (multi_rater_personalization.md, 7.7)."""
 
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -40,10 +40,27 @@ def majority(labels: np.ndarray, classes: int, *, tie: Tie = "background") -> np
     return result
 
 
-def staple(labels: np.ndarray, classes: int) -> np.ndarray:
+class Staple(NamedTuple):
+    """What STAPLE finds.
+
+    Attributes
+    ----------
+    fused : ndarray, int, shape (*spatial)
+    sensitivity, specificity : ndarray, shape (classes - 1, raters)
+        Of each rater for each class above 0, within `STAPLE_MARGIN` of all masks; NaN of a class
+        that nobody drew.
+    """
+
+    fused: np.ndarray
+    sensitivity: np.ndarray
+    specificity: np.ndarray
+
+
+def staple(labels: np.ndarray, classes: int) -> Staple:
     """Return STAPLE's estimate of the truth (Warfield et al., 2004), class by class.
 
-    A voxel gets the most probable class, if that is more probable than not; else background.
+    A voxel gets the most probable class, if that is more probable than not; else background. One
+    rater alone is the truth.
 
     Parameters
     ----------
@@ -52,24 +69,28 @@ def staple(labels: np.ndarray, classes: int) -> np.ndarray:
         Labels are 0 to ``classes - 1``.
     """
     if len(labels) == 1:
-        alone: np.ndarray = labels[0].copy()
-        return alone
+        drawn = np.isin(range(1, classes), labels)[:, None]
+        trusted = np.where(drawn, 1.0, np.nan)
+        return Staple(labels[0].copy(), trusted, trusted)
     probabilities = np.zeros((classes, *labels.shape[1:]))
     probabilities[0] = 0.5
+    rates = np.full((2, classes - 1, len(labels)), np.nan)
     for value in range(1, classes):
-        probabilities[value] = _probability(labels == value)
-    result: np.ndarray = probabilities.argmax(0)
-    return result
+        masks = labels == value
+        if masks.any():  # else STAPLE would say NaN
+            probabilities[value], rates[:, value - 1] = _of_one_class(masks)
+    return Staple(probabilities.argmax(0), *rates)
 
 
-def _probability(masks: np.ndarray) -> np.ndarray:
-    """Return the probability of a mask, shape (*spatial), from those of the raters."""
+def _of_one_class(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the probability of a mask, shape (*spatial), and how good the raters are, (2, raters).
+
+    The latter are sensitivities and specificities.
+    """
     import SimpleITK
 
     result = np.zeros(masks.shape[1:])
     union = np.argwhere(masks.any(0))
-    if not len(union):  # STAPLE would say NaN
-        return result
     box = tuple(
         slice(max(0, low - STAPLE_MARGIN), high + 1 + STAPLE_MARGIN)
         for low, high in zip(union.min(0), union.max(0), strict=True)
@@ -79,4 +100,4 @@ def _probability(masks: np.ndarray) -> np.ndarray:
     staple_filter.SetForegroundValue(1)
     staple_filter.SetMaximumIterations(STAPLE_ITERATIONS)
     result[box] = SimpleITK.GetArrayFromImage(staple_filter.Execute(images))
-    return result
+    return result, np.array([staple_filter.GetSensitivity(), staple_filter.GetSpecificity()])

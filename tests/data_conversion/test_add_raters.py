@@ -9,6 +9,7 @@ import pytest
 import SimpleITK
 
 from nnmosaic.data_conversion.add_raters import RaterDataset, add_raters, parse_raters
+from nnmosaic.data_conversion.atomic_write import read_json
 from nnmosaic.data_conversion.dataset_json import parse_dataset_json, read_dataset_json
 from nnmosaic.data_conversion.doctor import examine
 from nnmosaic.data_conversion.errors import InputError
@@ -72,6 +73,12 @@ def test_ties_staple_and_subjects(files: dict[str, Path], tmp_path: Path) -> Non
     other = tmp_path / "Dataset002_Staple"
     add_raters(files["images"], raters_of(files), other, replace(WHAT, fusion="staple"))
     assert array(other / "labelsTr" / "a.nii.gz")[0].sum() == 2 * 7
+    rates = read_json(other / "staple.json")
+    assert list(rates["a"]["ball"]) == ["A", "B", "C"]
+    assert list(rates["b"]["ball"]) == ["A", "B"]
+    assert rates["a"]["ball"]["A"]["sensitivity"] == pytest.approx(0.5, abs=0.02)
+    assert rates["a"]["ball"]["C"]["specificity"] < 1
+    assert not (target / "staple.json").exists()
 
 
 def without_label(files: dict[str, Path]) -> None:

@@ -34,10 +34,22 @@ def test_staple_trusts_raters_who_agree() -> None:
     truth[1, 6:8, 6:8] = 2
     careless = np.zeros_like(truth)
     careless[:, :4, :4] = 1
-    fused = staple(np.stack([truth, truth, careless]), 3)
-    assert np.array_equal(fused, truth)
-    assert np.array_equal(staple(careless[None], 3), careless)
+    found = staple(np.stack([truth, truth, careless]), 3)
+    assert np.array_equal(found.fused, truth)
+    np.testing.assert_allclose(found.sensitivity, [[1, 1, 0]] * 2, atol=0.02)
+    np.testing.assert_allclose(found.specificity[1], [1, 1, 1], atol=0.02)
+    assert found.specificity[0, 2] < 0.98  # drew a square where there is nothing
+
+
+def test_staple_of_one_rater_is_the_rater() -> None:
+    drawn = np.zeros((1, 4, 5), int)
+    drawn[0, 2] = 2
+    found = staple(drawn, 3)
+    assert np.array_equal(found.fused, drawn[0])
+    np.testing.assert_array_equal(found.sensitivity, [[np.nan], [1]])
 
 
 def test_staple_of_empty_masks_is_empty() -> None:
-    assert not staple(np.zeros((3, 4, 5), int), 2).any()
+    found = staple(np.zeros((3, 4, 5), int), 2)
+    assert not found.fused.any()
+    assert np.isnan(found.sensitivity).all()
