@@ -180,6 +180,11 @@ class nnUNetTrainerMosaic(ResumableTrainer):
     def take_pretrained(self, checkpoint: Mapping[str, Any]) -> None:
         """Take over what nnU-Net's transfer leaves out: the hook after ``-pretrained_weights``."""
 
+    def has_same_labels(self, checkpoint: Mapping[str, Any]) -> bool:
+        """Return whether the model of a checkpoint was trained for the labels of this one."""
+        made_with = checkpoint.get("init_args", {}).get("dataset_json", {})
+        return bool(made_with.get("labels") == self.dataset_json["labels"])
+
     # ---------------------------------------------------------------- folds and final validation
 
     def do_split(self) -> tuple[list[str], list[str]]:

@@ -90,7 +90,7 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
                 "--set unet_lr_factor: with --optimizer sgd only 0 and 1 have a meaning."
             )
         if self.pretrained is not None and "unet_lr_factor" not in (settings.options or {}):
-            same = self._same_labels(self.pretrained)
+            same = self.has_same_labels(self.pretrained)
             slowly = Fraction(1.0 if self._is_sgd else OTHER_LABELS_LR_FACTOR)
             self.unet_lr_factor = Fraction(0.0) if same else slowly
             self.print_to_log_file(
@@ -138,12 +138,8 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
 
     def take_pretrained(self, checkpoint: Mapping[str, Any]) -> None:
         """Take over the output layer, too, of a model of the same labels."""
-        if self._same_labels(checkpoint):
+        if self.has_same_labels(checkpoint):
             plain_network(self.network).take_output_layer(checkpoint["network_weights"])
-
-    def _same_labels(self, checkpoint: Mapping[str, Any]) -> bool:
-        made_with = checkpoint.get("init_args", {}).get("dataset_json", {})
-        return bool(made_with.get("labels") == self.dataset_json["labels"])
 
     def _do_i_compile(self) -> bool:
         return False  # only the encoder: see `initialize`

@@ -1,5 +1,6 @@
 """First stage for many raters (multi_rater_personalization.md, 2.2, generalised as in 2.4)."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,6 +19,7 @@ from nnmosaic.trainers.multi_rater.loss import (
 from nnmosaic.trainers.multi_rater.network import Diversified
 from nnmosaic.trainers.multi_rater.trainer import MultiRaterTrainer
 from nnmosaic.trainers.multi_rater.wanted_masks import WantedMasks
+from nnmosaic.trainers.resumable import plain_network
 
 VALIDATION_SAMPLES = 10
 
@@ -52,6 +54,11 @@ class nnUNetTrainerMultiRaterDiversified(MultiRaterTrainer):
 
     trains_heads = False
     default_epochs = 200
+
+    def take_pretrained(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take over the output layers, too, of a model of the same labels."""
+        if self.has_same_labels(checkpoint):
+            plain_network(self.network).take_output_layers(checkpoint["network_weights"])
 
     def _terms(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Diversified]:
         labels, available = self._annotations(batch)

@@ -4,7 +4,7 @@ The layers that make logits, ``decoder.seg_layers``, take the latent code as wel
 decoder keep nnU-Net's keys, so that weights transfer. Both stages have the same parameters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -112,24 +112,27 @@ class LatentEncoder(nn.Module):
 class Combiner(nn.Module):
     """From features and a code to logits, voxel by voxel (2.1).
 
-    With nnU-Net's leaky units: of few others so many may die that the code has no effect.
+    What the code changes is added to the logits of an output layer as nnU-Net has it, which the
+    released code does not have: so the U-Net learns as fast as in nnU-Net, and a trained one can be
+    taken over whole. With nnU-Net's leaky units: of few others so many may die that the code has no
+    effect.
 
     The first layer of the concatenation, W [h; z], is W_h h + W_z z: for a further code only the
     second part is new.
 
     Parameters
     ----------
-    conv_op : type
-        ``nn.Conv2d`` or ``nn.Conv3d``.
-    features, latent, width, classes : int
-        Channels of the features, of the code, inside, and of the logits.
+    plain : nn.Conv2d or nn.Conv3d
+        nnU-Net's output layer, from features to classes.
+    latent, width : int
+        Channels of the code, and inside.
     """
 
-    def __init__(
-        self, conv_op: type[nn.Module], features: int, latent: int, width: int, classes: int
-    ) -> None:
+    def __init__(self, plain: nn.Conv2d | nn.Conv3d, latent: int, width: int) -> None:
         super().__init__()
-        self.of_features = conv_op(features, width, 1)
+        conv_op, classes = type(plain), plain.out_channels
+        self.plain = plain
+        self.of_features = conv_op(plain.in_channels, width, 1)
         self.of_code = nn.Linear(latent, width, bias=False)
         self.rest = nn.Sequential(
             nn.LeakyReLU(),
@@ -139,15 +142,19 @@ class Combiner(nn.Module):
             nn.LeakyReLU(inplace=True),
             conv_op(width, classes, 1),
         )
-        for module in self.modules():
+        for module in (self.of_features, self.of_code, *self.rest):
             if isinstance(module, nn.Linear | conv_op):
                 nn.init.orthogonal_(module.weight)
                 if module.bias is not None:
                     nn.init.trunc_normal_(module.bias, std=1e-3)
 
+    def shared(self, features: Tensor) -> Tensor:
+        """Return what all codes share: first the logits of `plain`, then `of_features`."""
+        return torch.cat([self.plain(features), self.of_features(features)], 1)
+
     def forward(self, features: Tensor, codes: Tensor) -> Tensor:
         """Return logits (B, C, *spatial) of codes (B, latent), or (M, B, C, *spatial) of many."""
-        shared = self.of_features(features)
+        shared = self.shared(features)
         if codes.dim() == 2:
             return self._with_code(shared, codes)
         # One by one, so that a mask does not depend on how many there are: a product of more rows
@@ -160,7 +167,10 @@ class Combiner(nn.Module):
 
     def _with_code(self, shared: Tensor, codes: Tensor) -> Tensor:
         shift = self.of_code(codes)
-        logits: Tensor = self.rest(shared + shift.view(*shift.shape, *[1] * (shared.dim() - 2)))
+        plain, inside = shared.tensor_split([self.plain.out_channels], 1)
+        logits: Tensor = plain + self.rest(
+            inside + shift.view(*shift.shape, *[1] * (shared.dim() - 2))
+        )
         return logits
 
     def logits_of_case(self, shared: Tensor, code: Tensor) -> Tensor:
@@ -171,8 +181,8 @@ class Combiner(nn.Module):
 
         Parameters
         ----------
-        shared : Tensor, shape (width, *spatial)
-            What ``of_features`` makes of the features; any precision and device.
+        shared : Tensor, shape (C + width, *spatial)
+            What `shared` makes of the features; any precision and device.
         code : Tensor, shape (latent,)
 
         Returns
@@ -184,13 +194,15 @@ class Combiner(nn.Module):
         voxels = shared.flatten(1)
         found = []
         for first in range(0, voxels.shape[1], VOXELS_AT_ONCE):
-            inside = voxels[:, first : first + VOXELS_AT_ONCE].to(weight.device).float() + shift
+            chosen = voxels[:, first : first + VOXELS_AT_ONCE].to(weight.device).float()
+            plain, inside = chosen.tensor_split([self.plain.out_channels])
+            inside = inside + shift
             for layer in self.rest:
                 if isinstance(layer, nn.LeakyReLU):
                     inside = functional.leaky_relu_(inside, layer.negative_slope)
                 else:
                     inside = torch.addmm(layer.bias[:, None], layer.weight.flatten(1), inside)
-            found.append(inside)
+            found.append(plain + inside)
         return torch.cat(found, 1).unflatten(1, shared.shape[1:])
 
 
@@ -277,7 +289,7 @@ class MultiRaterNet(nn.Module):
         features = [layer.in_channels for layer in self.decoder.seg_layers]
         width = max(NARROWEST, features[-1] // 2)
         self.decoder.seg_layers = nn.ModuleList(
-            Combiner(conv_op, number, latent, width, classes) for number in features
+            Combiner(layer, latent, width) for layer in self.decoder.seg_layers
         )
         self.prior = LatentEncoder(conv_op, channels, latent, width, strides)
         seen = channels + raters * classes  # masks of the foreground classes, and who is there
@@ -286,7 +298,21 @@ class MultiRaterNet(nn.Module):
             RaterHead(conv_op, features[-1], latent, strides) for _ in range(raters)
         )
         self.shared_only = False
-        """Whether `forward` stops where the code comes in: the combiner's part of the features."""
+        """Whether `forward` stops where the code comes in: at `Combiner.shared`."""
+
+    def take_output_layers(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin with the output layers of a plain nnU-Net or of a network like this.
+
+        Parameters
+        ----------
+        weights : mapping
+            The state of that network, which has the same resolutions and classes.
+        """
+        for number, layer in enumerate(self.decoder.seg_layers):
+            own = f"decoder.seg_layers.{number}."
+            if f"{own}plain.weight" in weights:
+                own += "plain."
+            layer.plain.load_state_dict({key: weights[own + key] for key in ("weight", "bias")})
 
     def train(self, mode: bool = True) -> "MultiRaterNet":
         """Change the mode of all parts but the frozen ones, which stay as at inference."""
@@ -343,7 +369,7 @@ class MultiRaterNet(nn.Module):
             return self.decoder.seg_layers[-1](features[0], own)
         features = self.features(x)
         if self.shared_only:
-            return self.decoder.seg_layers[-1].of_features(features[0])
+            return self.decoder.seg_layers[-1].shared(features[0])
         if annotated is not None and noise is not None:
             prior, posterior = self.prior(x), self.posterior(annotated)
             return Diversified(

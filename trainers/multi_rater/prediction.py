@@ -136,14 +136,15 @@ class RaterPredictor:
         return torch.from_numpy(noise.astype(np.float32))
 
     def _shared(self, data: Tensor) -> Tensor:
-        """Return what the combiner makes of the features, whatever the code: (width, Z, Y, X).
+        """Return what the combiner makes of the features, whatever the code, `Combiner.shared`.
 
         Tiles and mirrored copies are averaged here and not in the logits, so that each further
         code costs four products at every voxel of the case, and not of every tile.
         """
         predictor = self.predictor
         labels, network = predictor.label_manager, predictor.network
-        width = self.network.decoder.seg_layers[-1].of_features.out_channels
+        layer = self.network.decoder.seg_layers[-1]
+        width = layer.plain.out_channels + layer.of_features.out_channels
         # nnU-Net's predictor asks how many output channels there are.
         predictor.label_manager = SimpleNamespace(num_segmentation_heads=width)
         predictor.network, self.network.shared_only = self.network, True

@@ -95,6 +95,15 @@ def test_weights_of_nnunet_transfer(
     own = network.state_dict()
     for key, value in stock.state_dict().items():
         assert ".seg_layers." in key or torch.equal(own[key], value)
+    network.take_output_layers(stock.state_dict())
+    for layer, taken in zip(stock.decoder.seg_layers, network.decoder.seg_layers, strict=True):
+        assert torch.equal(taken.plain.weight, layer.weight)
+        assert torch.equal(taken.plain.bias, layer.bias)
+    again = MultiRaterNet(
+        unet(type(base[0]), base[1]), channels=2, classes=CLASSES, raters=1, latent=LATENT
+    )
+    again.take_output_layers(network.state_dict())
+    assert torch.equal(again.decoder.seg_layers[0].plain.weight, stock.decoder.seg_layers[0].weight)
 
 
 def test_the_features_are_those_of_the_stock_decoder(
@@ -144,7 +153,7 @@ def test_a_case_is_finished_code_by_code(
 @pytest.mark.parametrize("conv_op", [nn.Conv2d, nn.Conv3d])
 def test_the_split_layer_is_the_concatenation(conv_op: type[nn.Module]) -> None:
     size = SIZES[2 if conv_op is nn.Conv2d else 3]
-    combiner = Combiner(conv_op, 5, LATENT, 16, CLASSES)
+    combiner = Combiner(conv_op(5, CLASSES, 1), LATENT, 16)
     features, codes = torch.randn(2, 5, *size), torch.randn(3, 2, LATENT)
     tiled = codes.view(*codes.shape, *[1] * len(size)).expand(*codes.shape, *size)
     joined = conv_op(5 + LATENT, 16, 1)
@@ -157,7 +166,7 @@ def test_the_split_layer_is_the_concatenation(conv_op: type[nn.Module]) -> None:
         joined.bias.copy_(combiner.of_features.bias)
         expected = torch.stack(
             [combiner.rest(joined(torch.cat([features, one], 1))) for one in tiled]
-        )
+        ) + combiner.plain(features)
         torch.testing.assert_close(combiner(features, codes), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(combiner(features, codes[1]), expected[1], rtol=1e-5, atol=1e-5)
 

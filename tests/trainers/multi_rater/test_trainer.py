@@ -1,6 +1,7 @@
 """The two stages for many raters (spec 7.5 and 7.8, invariants 3, 10, 11)."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.pipeline.train import load_pretrained
+from nnmosaic.trainers.base import nnUNetTrainerMosaic
 from nnmosaic.trainers.multi_rater.diversified import nnUNetTrainerMultiRaterDiversified
 from nnmosaic.trainers.multi_rater.personalized import (
     nnUNetTrainerMultiRaterPersonalized,
@@ -159,31 +162,53 @@ def test_a_missing_first_stage_is_named(make_trainer: Callable[..., Any]) -> Non
     assert trainer.dataloader_train is None
 
 
+ARGUMENTS, PLANS = ("init_args",), ("init_args", "plans")
+CONFIGURATION = (*PLANS, "configurations", "3d_fullres")
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("keys", "value", "message"),
     [
-        ({"trainer_name": "nnUNetTrainer"}, "was trained by nnUNetTrainer"),
-        ({"raters": ["small", "exact", "other"]}, "other raters"),
-        ({"labels": {"background": 0, "bright": 1}}, "other classes"),
+        (("trainer_name",), "nnUNetTrainer", "was trained by nnUNetTrainer"),
+        ((*PLANS, "nnmosaic", "multirater", "raters"), ["small", "exact", "other"], "other raters"),
+        ((*PLANS, "nnmosaic", "multirater", "latent"), 3, "other size of the code: 3, not"),
+        ((*ARGUMENTS, "dataset_json", "labels"), {"background": 0, "b": 1}, "other classes"),
+        ((*ARGUMENTS, "dataset_json", "channel_names"), {"0": "CT"}, "other channels"),
+        ((*CONFIGURATION, "architecture", "network_class_name"), "a.b.OtherUNet", "other network"),
+        ((*CONFIGURATION, "spacing"), [9.0, 9.0, 9.0], "other spacing"),
+        ((*CONFIGURATION, "normalization_schemes"), ["CTNormalization"], "other normalisation"),
     ],
 )
 def test_another_first_stage_is_refused(
-    make_trainer: Callable[..., Any], first: Any, change: dict[str, Any], message: str
+    make_trainer: Callable[..., Any], first: Any, keys: tuple[str, ...], value: Any, message: str
 ) -> None:
     path = Path(first.output_folder) / "checkpoint_final.pth"
     first.save_checkpoint(str(path))
     content = torch.load(path, weights_only=False)
-    for key, value in change.items():
-        if key == "raters":
-            content["init_args"]["plans"]["nnmosaic"]["multirater"]["raters"] = value
-        elif key == "labels":
-            content["init_args"]["dataset_json"]["labels"] = value
-        else:
-            content[key] = value
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    assert place[keys[-1]] != value
+    place[keys[-1]] = value
     torch.save(content, path)
     trainer = make_trainer(nnUNetTrainerMultiRaterPersonalized, DATASET)
     with pytest.raises(InputError, match=message):
         trainer.on_train_start()
+    assert trainer.dataloader_train is None
+
+
+def test_the_first_stage_may_begin_as_a_plain_model(make_trainer: Callable[..., Any]) -> None:
+    plain = make_trainer(nnUNetTrainerMosaic, DATASET)
+    plain.initialize()
+    path = Path(plain.output_folder) / "plain.pth"
+    plain.save_checkpoint(str(path))
+    trainer = make_trainer(nnUNetTrainerMultiRaterDiversified, DATASET)
+    load_pretrained(trainer, path)
+    own = trainer.network.state_dict()
+    for name, value in plain.network.state_dict().items():
+        if not name.startswith("decoder.encoder."):  # the encoder, twice
+            layers = r"(seg_layers\.\d+\.)"
+            assert torch.equal(own[re.sub(layers, r"\1plain.", name)], value)
 
 
 def test_datasets_without_raters_are_refused(
