@@ -170,6 +170,13 @@ SETTINGS = {
         4,
         {name: Row(options=options) for name, options in COMBINED.items()},
     ),
+    "confirm": Setting(
+        "Hippocampus, 4 training cases, draws on which nothing was chosen",
+        HIPPOCAMPUS,
+        4,
+        CHOSEN_ROWS,
+        draws=(3, 4, 5),
+    ),
     "few2": Setting("Hippocampus, 2 training cases", HIPPOCAMPUS, 2, CHOSEN_ROWS),
     "few8": Setting("Hippocampus, 8 training cases", HIPPOCAMPUS, 8, CHOSEN_ROWS),
     "few32": Setting(
@@ -178,7 +185,7 @@ SETTINGS = {
         32,
         {PLAIN_ROW: Row(PLAIN), AS_WITH_FEW: Row(options=CHOSEN)},
     ),
-    "chaos": Setting("CHAOS T2, 3 training patients", CHAOS, 3, CHOSEN_ROWS),
+    "chaos": Setting("CHAOS T2, 3 training patients", CHAOS, 3, CHOSEN_ROWS, draws=(0, 1)),
     "partial": Setting(
         "Hippocampus, 8 training cases, some of them anterior only, the others posterior only",
         PARTIAL,
@@ -224,10 +231,11 @@ def prepare(data: Path, work: Path, settings: Sequence[str]) -> None:
     datasets = {SETTINGS[name].dataset for name in settings}
     if datasets & {HIPPOCAMPUS, PARTIAL}:
         self_disambiguation.prepare(data, work, {"hippocampus"})
-        for dataset in (HIPPOCAMPUS, PARTIAL):
-            command(
-                "few_shot", "-d", dataset, "--cases", "2", "4", "8", "32", "--draws", str(DRAWS)
-            )
+        for setting in SETTINGS.values():
+            if setting.cases and setting.dataset in (HIPPOCAMPUS, PARTIAL):
+                draws = str(max(setting.draws) + 1)
+                command("few_shot", "-d", setting.dataset, "--cases", str(setting.cases),
+                        "--draws", draws)  # fmt: skip
     if CHAOS in datasets:
         done = work / "chaos_prepared"
         if not done.is_file():
@@ -388,7 +396,7 @@ def main() -> None:
         return
     if not options.report:
         prepare(options.data.resolve(), work, options.only)
-        for draw in range(DRAWS):
+        for draw in sorted({draw for name in options.only for draw in SETTINGS[name].draws}):
             runs = runs_of_draw(options.only, options.seeds, draw)
             make_missing("benchmarks.context_reconstruction", runs, work, jobs=options.jobs)
     text = report(work)

@@ -18,6 +18,7 @@ from nnmosaic.data_conversion.dataset_json import parse_dataset_json
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.trainers.base import nnUNetTrainerMosaic
 from nnmosaic.trainers.checkpoint import EXTRA, read_checkpoint
+from nnmosaic.trainers.context_reconstruction.trainer import nnUNetTrainerContextReconstruction
 from nnmosaic.trainers.resumable import TrainingStoppedError
 from nnmosaic.trainers.self_disambiguation.trainer import nnUNetTrainerSelfDisambiguation
 from nnmosaic.trainers.self_disambiguation_context import nnUNetTrainerSelfDisambiguationContext
@@ -53,6 +54,7 @@ def without_times(logs: dict[str, Any]) -> dict[str, Any]:
             nnUNetTrainerSelfDisambiguationContext,
             {"masked_weight": "0", "reconstruction_weight": "0"},
         ),
+        (nnUNetTrainerContextReconstruction, {"few_cases": "3"}),
     ],
 )
 def test_three_epochs_equal_nnunets_bit_for_bit(

@@ -27,13 +27,16 @@ from nnmosaic.trainers.ema_teacher import TeacherTrainer, forgetting_momentum
 from nnmosaic.trainers.options import Count, Fraction, Positive
 from nnmosaic.trainers.resumable import plain_network
 
+RELEASED_WARMUP = 20
+"""Epochs: the released code says 10 and counts twice as many iterations as an epoch has (1.5)."""
+
 
 class nnUNetTrainerContextReconstruction(TeacherTrainer):
     """nnU-Net with a second pass on masked patches (methods/context_reconstruction.md).
 
     The pass learns from the complete labels (1.4), and from a moving average of the network that
-    sees the whole patch. Prediction is plain nnU-Net's. With both weights 0 this is
-    `nnUNetTrainerMosaic`, bit for bit.
+    sees the whole patch. Prediction is plain nnU-Net's. With both weights 0, or with more than few
+    training cases, this is `nnUNetTrainerMosaic`, bit for bit.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
@@ -63,10 +66,10 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
     masked_fraction: Fraction = Fraction(1.0)
     """Share of the batch that is masked; at least one sample."""
     every_k: Count = Count(2)
-    """The masked pass takes place in every k-th iteration, with more than few cases more rarely."""
+    """The masked pass takes place in every k-th iteration."""
     few_cases: Count = Count(8)
-    """With n times as many training cases, k is n times as large: what helps against too few labels
-    cost accuracy where there were enough (benchmarks/results/context_reconstruction.md)."""
+    """With more training cases there is no masked pass: what helps against too few labels cost
+    accuracy where there were enough (benchmarks/results/context_reconstruction.md)."""
     reconstruction: ReconstructionForm = "kl"
     """How student and teacher are compared; see `reconstruction_loss`."""
     reconstruction_weight: float = 0.5
@@ -88,6 +91,12 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
     def initialize(self) -> None:
         """Initialise, and check what the options ask of plan and batch."""
         super().initialize()
+        if not self._has_few_cases:
+            cases = len(self.do_split()[0])
+            self.print_to_log_file(
+                f"{cases} training cases, more than few_cases={self.few_cases}: there is no masked "
+                f"pass. --set few_cases={cases} turns it on."
+            )
         if self._has_masked_pass:
             if self.batch_size < 2 and self._complementary:
                 raise InputError(
@@ -96,11 +105,6 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
                 )
             if self.mask_fill == "foreign" and self.batch_size < 2:
                 self.print_to_log_file("A batch of one: hidden voxels are 0, not foreign tissue")
-            if self._iterations_per_masked_pass > self.every_k:
-                self.print_to_log_file(
-                    f"More than few_cases={self.few_cases} training cases: a masked pass in every "
-                    f"{self._iterations_per_masked_pass} iterations"
-                )
             grid = self._grid
             try:
                 for ratio in (self.mask_ratio, self._ratio_at(0)):
@@ -110,9 +114,13 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
 
     # ---------------------------------------------------------------- the masked pass
 
+    @cached_property
+    def _has_few_cases(self) -> bool:
+        return len(self.do_split()[0]) <= self.few_cases
+
     @property
     def _has_masked_pass(self) -> bool:
-        return self.masked_weight > 0 or self.reconstruction_weight > 0
+        return self._has_few_cases and (self.masked_weight > 0 or self.reconstruction_weight > 0)
 
     @property
     def _fill(self) -> Fill:
@@ -124,12 +132,8 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
 
     @property
     def _has_teacher_term(self) -> bool:
-        return self.reconstruction_goal == "teacher" and self.reconstruction_weight > 0
-
-    @cached_property
-    def _iterations_per_masked_pass(self) -> int:
-        cases = len(self.do_split()[0])
-        return round(self.every_k * max(1.0, cases / self.few_cases))
+        has_weight = self._has_few_cases and self.reconstruction_weight > 0
+        return has_weight and self.reconstruction_goal == "teacher"
 
     @cached_property
     def _block(self) -> tuple[int, ...]:
@@ -144,9 +148,9 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
         return tuple(n // b for n, b in zip(patch, self._block, strict=True))
 
     def further_passes(self, batch: dict[str, Any]) -> list[Pass]:
-        """Add the masked pass, in every so many iterations."""
+        """Add the masked pass, in every k-th iteration."""
         passes = super().further_passes(batch)
-        if self._has_masked_pass and self.iteration % self._iterations_per_masked_pass == 0:
+        if self._has_masked_pass and self.iteration % self.every_k == 0:
             passes.append(partial(self._masked_pass, batch))
         return passes
 
@@ -257,11 +261,12 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
             return super().teacher_momentum()
         if self.momentum == "mean_teacher":
             return forgetting_momentum(self.iteration, self.momentum_base)
-        total = self.num_epochs * self.num_iterations_per_epoch
-        warmup = max(2, round(self.momentum_warmup * total))
         if self.momentum == "released":
             in_epoch = self.iteration % self.num_iterations_per_epoch
+            warmup = RELEASED_WARMUP * self.num_iterations_per_epoch
             return warmup_momentum(in_epoch, base=self.momentum_base, warmup=warmup)
+        total = self.num_epochs * self.num_iterations_per_epoch
+        warmup = max(2, round(self.momentum_warmup * total))
         done = max(self.iteration, round(self.progress() * total) - 1)
         return cosine_momentum(done, total, base=self.momentum_base, warmup=warmup)
 

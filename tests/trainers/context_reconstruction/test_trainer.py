@@ -630,19 +630,20 @@ def test_the_default_is_the_recipe_that_was_chosen(make_trainer: Make) -> None:
     assert passes == [1, 0, 1, 0]
 
 
-@pytest.mark.parametrize(
-    ("few", "every", "expected"), [("1", "1", 4), ("2", "2", 4), ("3", "2", 3), ("9", "2", 2)]
-)
-def test_masked_passes_are_rarer_with_more_training_cases(
-    make_trainer: Make, few: str, every: str, expected: int
+@pytest.mark.parametrize(("few", "expected"), [("3", [0, 0, 0]), ("4", [1, 0, 1])])
+def test_there_is_no_masked_pass_with_more_than_few_training_cases(
+    make_trainer: Make, few: str, expected: list[int]
 ) -> None:
-    trainer = make_trainer(Ours, options={"few_cases": few, "every_k": every})
+    trainer = make_trainer(Ours, options={"few_cases": few})
     trainer.initialize()
     assert len(trainer.do_split()[0]) == 4
     passes = []
-    for trainer.iteration in range(7):
+    for trainer.iteration in range(3):
         passes.append(len(trainer.further_passes({})))
-    assert passes == [int(i % expected == 0) for i in range(7)]
+    assert passes == expected
+    assert (trainer.teacher_momentum() is None) == (few == "3")
+    log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
+    assert ("--set few_cases=4 turns it on" in log) == (few == "3")
 
 
 # -------------------------------------------------------------------- several processes, sources
