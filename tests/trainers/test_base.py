@@ -54,6 +54,10 @@ def without_times(logs: dict[str, Any]) -> dict[str, Any]:
             nnUNetTrainerSelfDisambiguationContext,
             {"masked_weight": "0", "reconstruction_weight": "0"},
         ),
+        (
+            nnUNetTrainerContextReconstruction,
+            {"masked_weight": "0", "reconstruction_weight": "0"},
+        ),
         (nnUNetTrainerContextReconstruction, {"few_cases": "3"}),
     ],
 )

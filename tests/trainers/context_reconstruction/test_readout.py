@@ -45,6 +45,13 @@ def test_who_sees_only_what_is_there_finds_nothing_that_is_hidden(
     assert dice["border, in view"].tolist() == [1]
 
 
+def test_the_masks_are_always_the_same(case: tuple[np.ndarray, np.ndarray]) -> None:
+    noise = np.random.default_rng(0).normal(size=case[0].shape).astype(np.float32)
+    first, again = (counts(sees_only, (noise, case[1])) for _ in range(2))
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not np.array_equal(first["hidden 0.4"], first["hidden 0.4, in view"])
+
+
 def test_voxels_in_and_out_of_view_are_the_same(case: tuple[np.ndarray, np.ndarray]) -> None:
     found = counts(everything, case)
     for name in ("border", *(f"hidden {ratio}" for ratio in RATIOS)):
