@@ -113,6 +113,7 @@ def test_every_option_is_in_the_docs(trainer: type, file: str) -> None:
         rows = [line for line in page.splitlines() if line.startswith("|")]
         (row,) = [line for line in rows if f"`{name}`" in line]
         assert all(word in row for word in words), row
+        assert all(cell.strip() for cell in row.strip().strip("|").split("|")), row
 
 
 @pytest.fixture(scope="module")
