@@ -122,8 +122,48 @@ class nnUNetTrainerOneRater(nnUNetTrainerRandomRater):
         return datasets
 
 
+class SoftLabelLoss(nn.Module):
+    """nnU-Net's Dice and cross-entropy on the share of the raters who gave each class."""
+
+    def __init__(self, dice: nn.Module) -> None:
+        super().__init__()
+        self.dice = dice
+
+    def forward(self, logits: Tensor, shares: Tensor) -> Tensor:
+        """Return the loss of one resolution; both are (B, C, *spatial)."""
+        loss: Tensor = self.dice(logits, shares) + functional.cross_entropy(logits, shares)
+        return loss
+
+
+class nnUNetTrainerSoftMean(nnUNetTrainerRandomRater):
+    """Plain nnU-Net that learns the soft mean of the raters (multi_rater spec, 7.5 e)."""
+
+    def _build_loss(self) -> nn.Module:
+        loss: Any = super()._build_loss()
+        if not isinstance(loss, DeepSupervisionWrapper):
+            return SoftLabelLoss(loss.dc)
+        loss.loss = SoftLabelLoss(loss.loss.dc)
+        return loss
+
+    def _terms(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+        available = self._annotations(batch)[1]
+        target = batch["target"]
+        levels = target if isinstance(target, list) else [target]
+        shares = [self._shares(level[:, 1:], available) for level in levels]
+        logits = self.network(batch["data"])
+        loss = self.segmentation_loss(
+            logits, shares if isinstance(target, list) else shares[0], batch
+        )
+        return {"segmentation": loss}, logits[0] if isinstance(logits, list) else logits
+
+    def _shares(self, labels: Tensor, available: Tensor) -> Tensor:
+        classes = torch.arange(self.label_manager.num_segmentation_heads, device=labels.device)
+        there = available.view(*available.shape, *[1] * (labels.dim() - 2))
+        return torch.stack([((labels == k) & there).sum(1) / there.sum(1) for k in classes], 1)
+
+
 for _trainer in (
     nnUNetTrainerMarginalCrossEntropy, nnUNetTrainerMaskedSigmoid, nnUNetTrainerRandomRater,
-    nnUNetTrainerOneRater,
+    nnUNetTrainerOneRater, nnUNetTrainerSoftMean,
 ):  # fmt: skip
     TRAINERS[_trainer.__name__] = __name__  # type: ignore[index]

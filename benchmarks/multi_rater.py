@@ -48,9 +48,10 @@ OPTIONS = {
 """Of first stages other than ours."""
 PROBABILISTIC, RELEASED = OPTIONS
 OURS, FUSED = "ours", "fused nnU-Net"
-ONE_EACH, RANDOM = "one model per rater", "random rater"
+ONE_EACH, RANDOM, SOFT = "one model per rater", "random rater", "soft mean of the raters"
+ONE_MASK = {RANDOM: "nnUNetTrainerRandomRater", SOFT: "nnUNetTrainerSoftMean"}
 DECISIVE = (OURS, PROBABILISTIC, FUSED)
-PHOTO_ROWS = (*DECISIVE, RANDOM, ONE_EACH, RELEASED)
+PHOTO_ROWS = (*DECISIVE, RANDOM, SOFT, ONE_EACH, RELEASED)
 """Ours: both stages. The fused nnU-Net also makes the row of constant morphology. Models for single
 raters share the steps of our two stages."""
 VOLUME_ROWS = (OURS, FUSED)
@@ -126,8 +127,8 @@ def one_run(work: Path, name: str, row: str, fold: int, seed: int) -> dict[str, 
         result["personalised"] = run.scored(run.train(SECOND))
     elif row in OPTIONS:
         result["diversified"] = run.scored(run.train(FIRST, options=OPTIONS[row]))
-    elif row == RANDOM:
-        result["one mask"] = run.scored(run.train("nnUNetTrainerRandomRater"))
+    elif row in ONE_MASK:
+        result["one mask"] = run.scored(run.train(ONE_MASK[row]))
     elif row == ONE_EACH:
         result["personalised"] = run.scored(run.train_one_each())
     else:
