@@ -40,6 +40,7 @@ from nnmosaic.data_conversion.dataset_json import DatasetJson, parse_dataset_jso
 FOLDER = RESULTS / "multi_rater"
 RADII = range(-4, 5)
 """Voxels by which the best constant morphology may erode (below 0) or dilate a mask."""
+PLAIN = "nnUNetTrainerMosaic"
 FIRST, SECOND = "nnUNetTrainerMultiRaterDiversified", "nnUNetTrainerMultiRaterPersonalized"
 OPTIONS = {
     "probabilistic U-Net": {"bound_weight": "0", "energy_weight": "0"},
@@ -48,13 +49,15 @@ OPTIONS = {
 """Of first stages other than ours."""
 PROBABILISTIC, RELEASED = OPTIONS
 OURS, FUSED = "ours", "fused nnU-Net"
+FUSED_AS_LONG = "fused nnU-Net, three times the steps"
 ONE_EACH, RANDOM, SOFT = "one model per rater", "random rater", "soft mean of the raters"
 ONE_MASK = {RANDOM: "nnUNetTrainerRandomRater", SOFT: "nnUNetTrainerSoftMean"}
-DECISIVE = (OURS, PROBABILISTIC, FUSED)
+DECISIVE = (FUSED, OURS, PROBABILISTIC, FUSED_AS_LONG)
 PHOTO_ROWS = (*DECISIVE, RANDOM, SOFT, ONE_EACH, RELEASED)
-"""Ours: both stages. The fused nnU-Net also makes the row of constant morphology. Models for single
-raters share the steps of our two stages."""
-VOLUME_ROWS = (OURS, FUSED)
+"""Ours: both stages, after the fused nnU-Net, with which other first stages begin, too. All that
+give one mask, and the models for single raters together, have three times its steps as well. A
+fused nnU-Net also makes the row of constant morphology."""
+VOLUME_ROWS = (FUSED, OURS, FUSED_AS_LONG)
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,11 @@ def one_run(work: Path, name: str, row: str, fold: int, seed: int) -> dict[str, 
     elif row in OPTIONS:
         result["diversified"] = run.scored(run.train(FIRST, options=OPTIONS[row]))
     elif row in ONE_MASK:
-        result["one mask"] = run.scored(run.train(ONE_MASK[row]))
+        result["one mask"] = run.scored(run.train(ONE_MASK[row], steps=3 * STEPS))
     elif row == ONE_EACH:
         result["personalised"] = run.scored(run.train_one_each())
     else:
-        masks = run.train("nnUNetTrainerMosaic")
+        masks = run.train(PLAIN, steps=STEPS if row == FUSED else 3 * STEPS)
         result["one mask"] = run.scored(masks)
         if isinstance(run.setting.source, Photographs):
             result["morphology"] = run.scored(run.with_morphology(masks))
@@ -147,6 +150,7 @@ class Run:
     def __init__(self, work: Path, name: str, row: str, fold: int, seed: int) -> None:
         self.setting, self.fold, self.seed = SETTINGS[name], fold, seed
         self.results = work / "results" / f"{name}_{row}_{seed}"
+        self.fused = work / "results" / f"{name}_{FUSED}_{seed}" / self.setting.dataset
         self.base = work / "nnUNet_preprocessed" / self.setting.dataset
 
     @property
@@ -179,16 +183,24 @@ class Run:
             train(
                 open_workspace(None), self.setting.dataset, configuration, self.fold,
                 trainer=trainer, plans_name="nnUNetPlans", settings=settings, device="cpu",
+                pretrained_weights=self._begin_with(folder) if trainer == FIRST else None,
             )  # fmt: skip
         return folder / "validation"
 
+    def _begin_with(self, folder: Path) -> Path | None:
+        """Return the fused model of the fold, unless its first stage has begun."""
+        if any(folder.glob("checkpoint_*.pth")):
+            return None
+        model = f"{PLAIN}__nnUNetPlans__{self.setting.source.configuration}"
+        return self.fused / model / folder.name / "checkpoint_final.pth"
+
     def train_one_each(self) -> Path:
-        """Train a model for each rater, all together with the steps of our two stages."""
+        """Train a model for each rater, all together with three times the steps of a stage."""
         target = self.results / f"masks_{self.fold}"
         for number, rater in enumerate(self.dataset.raters, start=1):
             masks = self.train(
                 "nnUNetTrainerOneRater", options={"rater": str(number)},
-                steps=round(2 * STEPS / len(self.dataset.raters)), into=rater,
+                steps=round(3 * STEPS / len(self.dataset.raters)), into=rater,
             )  # fmt: skip
             (target / "raters").mkdir(parents=True, exist_ok=True)
             shutil.copytree(masks, target / "raters" / rater, dirs_exist_ok=True)
@@ -388,8 +400,10 @@ def main() -> None:
         for group in dict.fromkeys(SETTINGS[name].reference for name in options.only):
             members = [s for s in SETTINGS.values() if s.reference == group]
             prepare(options.data.resolve(), work, {s.dataset: s.source for s in members})
-        make_missing("benchmarks.multi_rater", runs_of(options.only, options.seeds), work,
-                     jobs=options.jobs)  # fmt: skip
+        runs = runs_of(options.only, options.seeds)
+        for fused in (True, False):  # others begin with it
+            some = {path: run for path, run in runs.items() if (run[1] == FUSED) == fused}
+            make_missing("benchmarks.multi_rater", some, work, jobs=options.jobs)
     sources = {}
     for path in sorted(FOLDER.iterdir()):
         content = read_json(path)
@@ -405,8 +419,9 @@ def main() -> None:
         f"Photographs: {PHOTO_FOLDS} folds by person, CPU plan with a patch of {PATCH}, half "
         "resolution; of cells, in all rows, the largest component. Hippocampus: every fourth "
         "subject is unseen, and has all raters. Seeds "
-        f"{', '.join(map(str, options.seeds))}; every stage takes the same steps, and the models "
-        "for single raters together those of our two stages. 10 samples. Intervals: 95 %, "
+        f"{', '.join(map(str, options.seeds))}. First stages begin with the fused nnU-Net after as "
+        "many steps as each stage takes; models with one mask, and those for single raters "
+        "together, take three times as many. 10 samples. Intervals: 95 %, "
         "bootstrap over people, of the mean over seeds. Variance ratio: that of the samples over "
         "that of the raters. Fused: the majority, ties as the first rater. Strict: the mask of a "
         "rater against this rater only; a model with one mask is held against each. Nearest: the "

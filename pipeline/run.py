@@ -78,14 +78,16 @@ def run(
     plan_and_preprocess(workspace, identifier, [configuration], request)
     dataset = read_dataset_json(workspace.preprocessed / workspace.dataset(identifier))
     for fold in folds:
-        for stage, own in stages.items():
-            folder = models[stage] / f"fold_{fold}"
-            if is_finished(folder, stage, dataset):
-                _refuse_other_settings(folder / FINAL, own)
+        folders = {stage: models[stage] / f"fold_{fold}" for stage in stages}
+        begun = [stage for stage in stages if any(folders[stage].glob("checkpoint_*.pth"))]
+        for number, (stage, own) in enumerate(stages.items()):
+            if is_finished(folders[stage], stage, dataset):
+                _refuse_other_settings(folders[stage] / FINAL, own)
                 logger.info("%s: fold %s is finished", stage, fold)
                 continue
-            begun = any(folder.glob("checkpoint_*.pth"))
-            warm = WARM_START.get(stage) if not begun else None
+            if set(begun) & set(list(stages)[number + 1 :]):
+                continue  # a later stage has begun without it
+            warm = WARM_START.get(stage) if stage not in begun else None
             train(
                 workspace,
                 identifier,
@@ -110,16 +112,17 @@ def run(
 
 def _stages(trainer: str, settings: RunSettings) -> dict[str, RunSettings]:
     """Return what is trained in turn, each with the options that it has."""
-    first = {**FIRST_STAGE, **WARM_START}.get(trainer)
-    if first is None:
+    names = [trainer]
+    while before := {**FIRST_STAGE, **WARM_START}.get(names[0]):
+        names.insert(0, before)
+    if len(names) == 1:
         return {trainer: settings}
-    names = (first, trainer)
     known = {name: option_types(trainer_class(name)) for name in names}
     given = settings.options or {}
     for option in given:
         if not any(option in options for options in known.values()):
             raise InputError(
-                f"--set: neither {' nor '.join(names)} has an option {option!r}. They have "
+                f"--set: none of {', '.join(names)} has an option {option!r}. They have "
                 f"{', '.join(option for options in known.values() for option in options)}."
             )
     return {

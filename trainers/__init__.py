@@ -17,5 +17,8 @@ RATER_TRAINERS = ("nnUNetTrainerMultiRaterDiversified", "nnUNetTrainerMultiRater
 FIRST_STAGE = {"nnUNetTrainerMultiRaterPersonalized": "nnUNetTrainerMultiRaterDiversified"}
 """Trainer class -> the one whose trained fold it starts from."""
 
-WARM_START = {"nnUNetTrainerClusteringPropagation": "nnUNetTrainerMosaic"}
+WARM_START = {
+    "nnUNetTrainerMultiRaterDiversified": "nnUNetTrainerMosaic",
+    "nnUNetTrainerClusteringPropagation": "nnUNetTrainerMosaic",
+}
 """Trainer class -> the one that ``run`` trains before it, for its pretrained weights."""

@@ -171,13 +171,15 @@ def test_run_gives_options_to_the_stage_that_has_them(
     both_stages: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stages = _stages(SECOND, RunSettings(seed=1, options={"bound_weight": "1"}))
-    assert list(stages) == [FIRST, SECOND]
+    assert list(stages) == ["nnUNetTrainerMosaic", FIRST, SECOND]
     assert stages[FIRST].options == {"bound_weight": "1"}
     assert stages[SECOND] == RunSettings(seed=1)
     folders = ["-i", str(both_stages / "images"), "-o", str(both_stages / "out")]
     run = ["run", "-d", "8", "-c", "3d_fullres", *folders, "-tr", SECOND]
     assert main([*run, "--set", "bond_weight=1"]) == 2
-    assert "nor nnUNetTrainerMultiRaterPersonalized has an option" in capsys.readouterr().err
+    assert "nnUNetTrainerMultiRaterPersonalized has an option 'bond_weight'" in (
+        capsys.readouterr().err
+    )
     assert main([*run, "--minutes", "5", "--device", "cpu"]) == 2
     assert "--minutes cannot plan" in capsys.readouterr().err
 
@@ -193,6 +195,7 @@ def test_run_goes_through_both_stages(both_stages: Path) -> None:
     run = ["run", "-d", "8", "-c", "3d_fullres", "-f", "0", *folders, "-tr", SECOND]
     assert main([*run, "--seed", "0", *short, "40"]) == 0  # as the first stage was trained
     assert first.stat().st_mtime_ns == before
+    assert not list(results.glob("nnUNetTrainerMosaic__*"))  # the first stage has begun without it
     assert next(results.glob(f"{SECOND}__*/fold_0/checkpoint_final.pth"))
     for folder in ("raters/small", "samples/015", "entropy", "."):
         assert (both_stages / "out" / folder / "case03.nii.gz").is_file()
