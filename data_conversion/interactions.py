@@ -117,13 +117,14 @@ def parse_label(value: Any, labels: Labels, where: str) -> Label:
 def named_labels(labels: Labels) -> dict[str, Label]:
     """Return what the names of ``dataset.json`` stand for.
 
-    Where some label is a region, all that are lists are, those of a single integer, too: its name
-    says less of a pixel than the integer, see `region_classes`.
+    Where some label is a region, all names but background and ignore are, those of a single
+    integer, too: its name says less of a pixel than the integer, see `region_classes`.
     """
-    regions = any(not isinstance(v, int) and len(v) > 1 for v in labels.values())
+    members = {name: (v,) if isinstance(v, int) else tuple(v) for name, v in labels.items()}
+    regions = any(len(several) > 1 for several in members.values())
     return {
-        name: v if isinstance(v, int) else tuple(v) if regions else v[0]
-        for name, v in labels.items()
+        name: several if regions and several != (0,) and name != IGNORE else several[0]
+        for name, several in members.items()
     }
 
 

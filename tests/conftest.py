@@ -231,22 +231,44 @@ def make_trainer(prepared: Path, plans_of: Callable[..., Any]) -> Callable[..., 
 @pytest.fixture
 def propagation_model(make_trainer: Callable[..., Any], tmp_path: Path) -> Path:
     """Return a 2D model of dataset 4, untrained, in which nothing is zero that begins at zero."""
-    import torch
-    from torch import nn
-
     from nnmosaic.trainers.clustering_propagation.trainer import (
         nnUNetTrainerClusteringPropagation,
     )
 
+    return untrained_propagation_model(
+        make_trainer(nnUNetTrainerClusteringPropagation, "Dataset004_Balls", "2d"),
+        tmp_path / "model",
+    )
+
+
+@pytest.fixture
+def region_propagation_model(make_trainer: Callable[..., Any], tmp_path: Path) -> Path:
+    """Return such a model of two regions, "both" and in it "dark"."""
+    from nnmosaic.trainers.clustering_propagation.trainer import (
+        nnUNetTrainerClusteringPropagation as Trainer,
+    )
+
+    known = make_trainer(Trainer, "Dataset004_Balls", "2d")
+    labels = {"background": 0, "both": [1, 2], "dark": 2}
+    content = {**known.dataset_json, "labels": labels, "regions_class_order": [1, 2]}
+    plans = {**known.plans_manager.plans, "continue_training": False}
+    return untrained_propagation_model(
+        Trainer(plans, "2d", 0, content, known.device), tmp_path / "model"
+    )
+
+
+def untrained_propagation_model(trainer: Any, folder: Path) -> Path:
+    """Write the model of a trainer of clustering propagation, and return its folder."""
+    import torch
+    from torch import nn
+
     torch.manual_seed(0)
-    trainer = make_trainer(nnUNetTrainerClusteringPropagation, "Dataset004_Balls", "2d")
     trainer.initialize()
     head = trainer.network.head
     for parameter in head.parameters():
         if not parameter.detach().any():
             nn.init.normal_(parameter, std=0.3)
     nn.init.constant_(head.presence[-1].bias, 2.0)
-    folder = tmp_path / "model"
     (folder / "fold_0").mkdir(parents=True)
     plans = {k: v for k, v in trainer.plans_manager.plans.items() if k != "continue_training"}
     for name, content in (("plans", plans), ("dataset", trainer.dataset_json)):

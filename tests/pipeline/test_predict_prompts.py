@@ -60,6 +60,18 @@ def test_prompts_change_their_case_only(folder: Path, caplog: pytest.LogCaptureF
     assert label_map(folder, "marked", "a")[4, 10, 12] == 2
 
 
+def test_order_and_equal_repetition_in_a_file_do_not_matter(folder: Path) -> None:
+    marks = [POINT, {**POINT, "coord": [9, 8, 4]}, {**POINT, "label": "bright", "coord": [4, 5, 4]}]
+    maps = []
+    for number, order in enumerate((marks, marks[::-1], [*marks, *marks])):
+        write(folder, *order)
+        assert predict(folder, f"out{number}", "--prompts", str(folder / "prompts")) == 0
+        maps.append(label_map(folder, f"out{number}", "a"))
+    assert len(np.unique(maps[0])) > 1
+    for other in maps[1:]:
+        np.testing.assert_array_equal(other, maps[0])
+
+
 def test_a_changed_prompt_is_predicted_again(folder: Path) -> None:
     prompts = ["--prompts", str(folder / "prompts"), "--continue_prediction"]
     write(folder, POINT)

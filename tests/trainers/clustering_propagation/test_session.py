@@ -32,13 +32,17 @@ def image(tmp_path: Path, save: Callable[..., None]) -> Path:
     return path
 
 
-@pytest.fixture
-def session(propagation_model: Path, image: Path) -> ClusteringPropagationSession:
+def session_of(model: Path, image: Path) -> ClusteringPropagationSession:
     made = ClusteringPropagationSession(CPU)
-    made.initialize_from_trained_model_folder(propagation_model)
+    made.initialize_from_trained_model_folder(model)
     reader = made.predictor.plans_manager.image_reader_writer_class()
     made.set_image(*reader.read_images([str(image)]))
     return made
+
+
+@pytest.fixture
+def session(propagation_model: Path, image: Path) -> ClusteringPropagationSession:
+    return session_of(propagation_model, image)
 
 
 def test_the_automatic_result_is_nnunets_export(session: ClusteringPropagationSession) -> None:
@@ -175,13 +179,20 @@ def test_predict_with_saved_prompts_is_the_session(
     session.add_scribble([(4, 8, 8), (4, 12, 20)], True, label="bright")
     session.add_point_interaction((5, 15, 21), True, label="dark")  # corrects what came before
     assert [one.round for one in session.prompts.interactions] == [0, 0, 1]
+    assert_predict_is(session, propagation_model, image, tmp_path)
+
+
+def assert_predict_is(
+    session: ClusteringPropagationSession, model: Path, image: Path, tmp_path: Path
+) -> None:
+    """Assert that predict with the prompts of a session writes its label map."""
     (tmp_path / "prompts").mkdir()
     labels = session.predictor.dataset_json["labels"]
     write_prompts(session.prompts, tmp_path / "prompts" / "new.json", labels)
     command = [
         "predict",
         "-m",
-        str(propagation_model),
+        str(model),
         "-i",
         str(image.parent),
         "-o",
@@ -192,3 +203,20 @@ def test_predict_with_saved_prompts_is_the_session(
     written = SimpleITK.ReadImage(str(tmp_path / "out" / "new.nii.gz"))
     np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(written), session.label_map)
     assert written.GetDirection() == pytest.approx(DIRECTION)
+
+
+def test_regions_are_marked_one_by_one(
+    region_propagation_model: Path, image: Path, tmp_path: Path
+) -> None:
+    session = session_of(region_propagation_model, image)
+    assert set(np.unique(session.label_map)) <= {0, 1, 2}
+    place = (6, 12, 14)
+    found = []
+    for label, there in (("both", True), ("dark", True), ("dark", False), ("both", False)):
+        session.add_point_interaction(place, there, label=label)
+        found.append(int(session.label_map[place]))
+    assert found[0] in (1, 2)
+    assert found[1:] == [2, 1, 0]
+    session.undo()
+    assert session.label_map[place] == 1
+    assert_predict_is(session, region_propagation_model, image, tmp_path)
