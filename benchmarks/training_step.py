@@ -33,7 +33,7 @@ MEMORY_STEPS, REPEATS = 6, 3
 PLAIN = "plain nnU-Net"
 ENTROPY = {"entropy": "conditional"}
 FEW_CASES = {"few_cases": "100000"}
-"""As often as with few cases: with all, masked passes are rare."""
+"""As with few cases: with all, there are no masked passes."""
 CONTEXT = "nnUNetTrainerContextReconstruction"
 VARIANTS: Mapping[str, Variant | None] = {
     PLAIN: None,

@@ -48,7 +48,7 @@ class Staple(NamedTuple):
     fused : ndarray, int, shape (*spatial)
     sensitivity, specificity : ndarray, shape (classes - 1, raters)
         Of each rater for each class above 0, within `STAPLE_MARGIN` of all masks; NaN of a class
-        that nobody drew.
+        that nobody drew, and of a rater alone.
     """
 
     fused: np.ndarray
@@ -69,9 +69,8 @@ def staple(labels: np.ndarray, classes: int) -> Staple:
         Labels are 0 to ``classes - 1``.
     """
     if len(labels) == 1:
-        drawn = np.isin(range(1, classes), labels)[:, None]
-        trusted = np.where(drawn, 1.0, np.nan)
-        return Staple(labels[0].copy(), trusted, trusted)
+        unknown = np.full((classes - 1, 1), np.nan)
+        return Staple(labels[0].copy(), unknown, unknown)
     probabilities = np.zeros((classes, *labels.shape[1:]))
     probabilities[0] = 0.5
     rates = np.full((2, classes - 1, len(labels)), np.nan)

@@ -69,7 +69,7 @@ class PlanRequest:
         if self.minutes is not None and self.trainer in FIRST_STAGE:
             raise InputError(
                 f"--minutes cannot plan for {self.trainer}, which trains after "
-                f"{FIRST_STAGE[self.trainer]}. Plan for that one, and train both with its plans."
+                f"{FIRST_STAGE[self.trainer]}. Leave it out, and give --epochs to train."
             )
         if self.cores is not None and self.minutes is None:
             raise InputError("--cores are those that train for some --minutes: give both.")

@@ -263,11 +263,11 @@ def load_pretrained(trainer: Any, path: Path) -> None:
         torch.save({"network_weights": checkpoint["network_weights"]}, copy)
         try:
             load_pretrained_weights(getattr(trainer, "pretrainable", trainer.network), str(copy))
-        except AssertionError as error:
+            if isinstance(trainer, nnUNetTrainerMosaic):
+                trainer.take_pretrained(checkpoint)
+        except (AssertionError, KeyError) as error:  # KeyError: it has other output layers
             raise InputError(f"{path} does not fit this network: {error}") from None
-    if isinstance(trainer, nnUNetTrainerMosaic):
-        trainer.take_pretrained(checkpoint)
-        trainer.pretrained = None  # as large as a second model
+    trainer.pretrained = None  # as large as a second model
 
 
 def _train_on(device: Any, num_gpus: int, arguments: tuple[Any, ...]) -> None:

@@ -107,7 +107,7 @@ class TeacherTrainer(nnUNetTrainerMosaic):
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Restore the teacher."""
         super().load_method_state(state)
-        if "teacher" in state:
+        if "teacher" in state and self.teacher_momentum() is not None:
             self.teacher = self._new_teacher()
             self.teacher.network.load_state_dict(state["teacher"])
 

@@ -113,8 +113,11 @@ def test_stock_prediction_of_slices_has_no_sweep(
     assert main(["predict", *model, "-o", str(folders["swept"])]) == 0
     assert prediction.wait() == 0
     compare(folders["ours"], folders["theirs"], cases=1, share=1e-3)  # untrained: near ties
-    with pytest.raises(AssertionError):
-        compare(folders["swept"], folders["theirs"], cases=1, share=1e-3)
+    maps = [
+        SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folders[name] / "a.nii.gz")))
+        for name in ("swept", "theirs")
+    ]
+    assert np.mean(maps[0] != maps[1]) > 1e-2
 
 
 def compare(ours: Path, theirs: Path, *, cases: int, share: float = 1e-5) -> None:

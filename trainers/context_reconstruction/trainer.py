@@ -91,7 +91,7 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
     def initialize(self) -> None:
         """Initialise, and check what the options ask of plan and batch."""
         super().initialize()
-        if not self._has_few_cases:
+        if not self._has_few_cases and (self.masked_weight > 0 or self.reconstruction_weight > 0):
             cases = len(self.do_split()[0])
             self.print_to_log_file(
                 f"{cases} training cases, more than few_cases={self.few_cases}: there is no masked "

@@ -211,6 +211,27 @@ def test_the_first_stage_may_begin_as_a_plain_model(make_trainer: Callable[..., 
             assert torch.equal(own[re.sub(layers, r"\1plain.", name)], value)
 
 
+def test_output_layers_of_other_labels_stay_and_other_layers_are_refused(
+    make_trainer: Callable[..., Any],
+) -> None:
+    plain = make_trainer(nnUNetTrainerMosaic, DATASET)
+    plain.initialize()
+    path = Path(plain.output_folder) / "plain.pth"
+    plain.save_checkpoint(str(path))
+    content = torch.load(path, weights_only=False)
+    layer = "decoder.seg_layers.0.weight"
+    value = content["network_weights"].pop(layer)
+    torch.save(content, path)
+    with pytest.raises(InputError, match=r"plain.pth does not fit this network: .*seg_layers"):
+        load_pretrained(make_trainer(nnUNetTrainerMultiRaterDiversified, DATASET), path)
+    content["network_weights"][layer] = value
+    content["init_args"]["dataset_json"]["labels"] = {"background": 0, "other": 1}
+    torch.save(content, path)
+    trainer = make_trainer(nnUNetTrainerMultiRaterDiversified, DATASET)
+    load_pretrained(trainer, path)
+    assert not torch.equal(trainer.network.decoder.seg_layers[0].plain.weight, value)
+
+
 def test_datasets_without_raters_are_refused(
     make_trainer: Callable[..., Any], prepared: Path
 ) -> None:
