@@ -17,7 +17,8 @@ from nnmosaic.data_conversion.atomic_write import read_json, replacing
 
 CHASE = SETTINGS["chase"].dataset
 FIGURE = ROOT / "docs" / "images" / "many_raters.png"
-COLOURS = ("#e69f00", "#56b4e9")
+COLOURS = {"first": (1.0, 0.9, 0.0), "second": (0.0, 0.9, 1.0), "both": (1.0, 1.0, 1.0)}
+"""Of voxels in the mask of one observer only, and of both."""
 SAMPLES = 16
 WINDOW = 220
 """Pixels in the middle of the image that are shown."""
@@ -61,15 +62,24 @@ def draw(work: Path, path: Path) -> None:
         panel.axis("off")
         panel.imshow(image)
     for panel, masks in ((axes[1], drawn), (axes[2], own)):
-        for name, colour in zip(raters, COLOURS, strict=True):
-            panel.contour(_window(masks[name]), levels=[0.5], colors=[colour], linewidths=0.8)
-            panel.plot([], [], color=colour, label=name)
-        panel.legend(loc="lower right", fontsize="small")
+        panel.imshow(_overlay(*(_window(masks[name]) > 0 for name in raters)))
+        for name, colour in COLOURS.items():
+            panel.plot([], [], "s", color=colour, label=name if name == "both" else f"{name} only")
+        panel.legend(loc="lower right", fontsize="small", facecolor="0.4", labelcolor="white")
     entropy = _window(io.imread(output / "entropy" / f"{case}.tif"))
     bar = axes[3].imshow(entropy, cmap="magma", vmin=0, vmax=np.log(2))
     figure.colorbar(bar, ax=axes[3], label="nats")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
+
+
+def _overlay(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return colours and opacities, shape (Y, X, 4), of two masks."""
+    overlay = np.zeros((*first.shape, 4))
+    where = (first & ~second, second & ~first, first & second)
+    for mask, colour in zip(where, COLOURS.values(), strict=True):
+        overlay[mask] = (*colour, 0.8)
+    return overlay
 
 
 def _window(array: np.ndarray) -> np.ndarray:
