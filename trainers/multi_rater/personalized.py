@@ -148,6 +148,8 @@ def read_first_stage(path: Path, made_with: dict[str, Any]) -> dict[str, Any]:
 def _network_of(arguments: dict[str, Any]) -> dict[str, Any]:
     plans = PlansManager(arguments["plans"])
     configuration = plans.get_configuration(arguments["configuration"])
+    schemes = configuration.normalization_schemes
+    intensities = arguments["plans"]["foreground_intensity_properties_per_channel"]
     return {
         "raters": ", ".join(rater_plan(arguments["plans"]).raters),
         "classes": arguments["dataset_json"]["labels"],
@@ -155,8 +157,9 @@ def _network_of(arguments: dict[str, Any]) -> dict[str, Any]:
         "channels": arguments["dataset_json"]["channel_names"],
         "network": [configuration.network_arch_class_name, configuration.network_arch_init_kwargs],
         "spacing": list(configuration.spacing),
+        # Only CT is normalised by the intensities of the dataset, which every new case changes.
         "normalisation": [
-            configuration.normalization_schemes,
-            arguments["plans"]["foreground_intensity_properties_per_channel"],
+            [scheme, intensities[str(channel)] if scheme == "CTNormalization" else None]
+            for channel, scheme in enumerate(schemes)
         ],
     }

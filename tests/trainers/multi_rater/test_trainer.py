@@ -16,6 +16,7 @@ from nnmosaic.trainers.base import nnUNetTrainerMosaic
 from nnmosaic.trainers.multi_rater.diversified import nnUNetTrainerMultiRaterDiversified
 from nnmosaic.trainers.multi_rater.personalized import (
     nnUNetTrainerMultiRaterPersonalized,
+    read_first_stage,
     stage1_checkpoint,
 )
 
@@ -195,6 +196,24 @@ def test_another_first_stage_is_refused(
     with pytest.raises(InputError, match=message):
         trainer.on_train_start()
     assert trainer.dataloader_train is None
+
+
+def test_a_first_stage_of_other_intensities_fits_unless_they_normalise(
+    make_trainer: Callable[..., Any], first: Any
+) -> None:
+    path = Path(first.output_folder) / "checkpoint_final.pth"
+    first.save_checkpoint(str(path))
+    content = torch.load(path, weights_only=False)
+    plans = content["init_args"]["plans"]
+    plans["foreground_intensity_properties_per_channel"]["0"]["mean"] += 1
+    torch.save(content, path)
+    now = make_trainer(nnUNetTrainerMultiRaterPersonalized, DATASET).my_init_kwargs
+    assert read_first_stage(path, now)["trainer_name"] == type(first).__name__
+    for made in (plans, now["plans"]):
+        made["configurations"]["3d_fullres"]["normalization_schemes"] = ["CTNormalization"]
+    torch.save(content, path)
+    with pytest.raises(InputError, match="other normalisation"):
+        read_first_stage(path, now)
 
 
 def test_the_first_stage_may_begin_as_a_plain_model(make_trainer: Callable[..., Any]) -> None:
