@@ -49,7 +49,8 @@ def test_stock_commands_train_and_predict_what_ours_do(
     plans_file = prepared / "nnUNet_preprocessed" / "Dataset007_Merged" / "nnUNetPlans.json"
     plans = json.loads(plans_file.read_text())
     short = {"epochs": 1, "iterations_per_epoch": 30, "val_iterations_per_epoch": 1}
-    short["options"] = {"momentum_base": "0.5"}  # so that the teacher has learnt as much
+    # So that there is a teacher, and it has learnt as much.
+    short["options"] = {"few_cases": "1000", "momentum_base": "0.5"}
     plans["nnmosaic"]["run_settings"].update(short)
     plans_file.write_text(json.dumps(plans))
     train = ("nnunetv2.run.run_training", "run_training_entry")

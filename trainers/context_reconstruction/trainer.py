@@ -67,9 +67,9 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
     """Share of the batch that is masked; at least one sample."""
     every_k: Count = Count(2)
     """The masked pass takes place in every k-th iteration."""
-    few_cases: Count = Count(8)
-    """With more training cases there is no masked pass: what helps against too few labels cost
-    accuracy where there were enough (benchmarks/results/context_reconstruction.md)."""
+    few_cases: Count = Count(4)
+    """With more training cases there is no masked pass: with 2 and 4 it gained accuracy, with 8
+    none, and with 143 it cost some (benchmarks/results/context_reconstruction.md)."""
     reconstruction: ReconstructionForm = "kl"
     """How student and teacher are compared; see `reconstruction_loss`."""
     reconstruction_weight: float = 0.5

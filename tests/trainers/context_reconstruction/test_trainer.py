@@ -28,7 +28,7 @@ from nnmosaic.trainers.self_disambiguation_context import nnUNetTrainerSelfDisam
 
 Ours = nnUNetTrainerContextReconstruction
 Make = Callable[..., Any]
-FULL_FORM = {"every_k": "1", "mask_fill": "zero", "mask_min_cells": "6"}
+FULL_FORM = {"every_k": "1", "few_cases": "1000", "mask_fill": "zero", "mask_min_cells": "6"}
 """A masked pass in every step, with holes that can be told from the image."""
 IMAGE = "imagesTr/case00_0000.nii.gz"
 
