@@ -36,16 +36,19 @@ def stock(module: str, function: str, *arguments: str) -> subprocess.Popen[bytes
     return subprocess.Popen([sys.executable, "-c", CURE + call, *arguments])
 
 
+@pytest.fixture(autouse=True)
+def known_trainers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tell nnU-Net's commands where our trainers are."""
+    capsys.readouterr()
+    assert main(["trainer_path"]) == 0
+    monkeypatch.setenv("nnUNet_extTrainer", capsys.readouterr().out.strip())
+
+
 @pytest.mark.slow
 def test_stock_commands_train_and_predict_what_ours_do(
     prepared: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    capsys.readouterr()
-    assert main(["trainer_path"]) == 0
-    monkeypatch.setenv("nnUNet_extTrainer", capsys.readouterr().out.strip())
     plans_file = prepared / "nnUNet_preprocessed" / "Dataset007_Merged" / "nnUNetPlans.json"
     plans = json.loads(plans_file.read_text())
     short = {"epochs": 1, "iterations_per_epoch": 30, "val_iterations_per_epoch": 1}
@@ -74,13 +77,8 @@ def test_stock_commands_train_and_predict_what_ours_do(
 def test_stock_prediction_of_raters_is_the_mask_of_the_mean_opinion(
     both_stages: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     stage: str,
 ) -> None:
-    capsys.readouterr()
-    assert main(["trainer_path"]) == 0
-    monkeypatch.setenv("nnUNet_extTrainer", capsys.readouterr().out.strip())
     folders = {name: tmp_path / name for name in ("ours", "theirs")}
     model = ("-d", "8", "-c", "3d_fullres", "-tr", f"nnUNetTrainerMultiRater{stage}", "-f", "0")
     images = ("-i", str(both_stages / "images"))
@@ -95,12 +93,7 @@ def test_stock_prediction_of_slices_has_no_sweep(
     propagation_model: Path,
     tmp_path: Path,
     save: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    capsys.readouterr()
-    assert main(["trainer_path"]) == 0
-    monkeypatch.setenv("nnUNet_extTrainer", capsys.readouterr().out.strip())
     array = np.random.default_rng(0).normal(100, 20, (20, 24, 22)).astype(np.float32)
     save(tmp_path / "images" / "a_0000.nii.gz", array)
     folders = {name: tmp_path / name for name in ("ours", "theirs", "swept")}

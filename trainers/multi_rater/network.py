@@ -112,10 +112,9 @@ class LatentEncoder(nn.Module):
 class Combiner(nn.Module):
     """From features and a code to logits, voxel by voxel (2.1).
 
-    What the code changes is added to the logits of an output layer as nnU-Net has it, which the
-    released code does not have: so the U-Net learns as fast as in nnU-Net, and a trained one can be
-    taken over whole. With nnU-Net's leaky units: of few others so many may die that the code has no
-    effect.
+    What the code changes is added to the logits of nnU-Net's output layer, which the released code
+    does not have: so a trained nnU-Net can be taken over whole. With nnU-Net's leaky units: of few
+    others so many may die that the code has no effect.
 
     The first layer of the concatenation, W [h; z], is W_h h + W_z z: for a further code only the
     second part is new.
