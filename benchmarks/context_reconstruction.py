@@ -73,6 +73,8 @@ class Setting:
         The row that others are compared with.
     epochs : int
         Of a row with compute 1, of `STEPS_PER_EPOCH` steps.
+    configuration : str
+        Of nnU-Net's plans.
     """
 
     title: str
@@ -82,6 +84,7 @@ class Setting:
     draws: tuple[int, ...] = tuple(range(DRAWS))
     reference: str = PLAIN_ROW
     epochs: int = EPOCHS
+    configuration: str = "3d_fullres"
 
 
 BEFORE_FEW_CASES = {"few_cases": "1000"}
@@ -146,6 +149,8 @@ CHOSEN_ROWS = {
     PLAIN_EQUAL: Row(PLAIN, compute=COMPUTE_OF_CHOSEN),
     "context reconstruction": Row(options=DEFAULT),
 }
+LONGER_ROW = "context reconstruction, 5/3 of the steps"
+"""As many steps as `PLAIN_EQUAL`: which more steps hardly help."""
 SETTINGS = {
     "few4": Setting(
         "Hippocampus, 4 training cases",
@@ -177,12 +182,20 @@ SETTINGS = {
         "Hippocampus, 4 training cases, draws on which nothing was chosen",
         HIPPOCAMPUS,
         4,
-        CHOSEN_ROWS,
+        {**CHOSEN_ROWS, LONGER_ROW: Row(options=DEFAULT, compute=COMPUTE_OF_CHOSEN)},
         draws=(3, 4, 5),
     ),
     "few2": Setting("Hippocampus, 2 training cases", HIPPOCAMPUS, 2, CHOSEN_ROWS),
     "few8": Setting("Hippocampus, 8 training cases", HIPPOCAMPUS, 8, CHOSEN_ROWS),
-    "chaos": Setting("CHAOS T2, 3 training patients", CHAOS, 3, CHOSEN_ROWS, draws=(0, 1)),
+    "chaos": Setting(
+        "CHAOS T2, 3 training patients, 3d_lowres, twice the steps",
+        CHAOS,
+        3,
+        CHOSEN_ROWS,
+        draws=(0, 1),
+        epochs=2 * EPOCHS,
+        configuration="3d_lowres",
+    ),
     "partial": Setting(
         "Hippocampus, 8 training cases, some of them anterior only, the others posterior only",
         PARTIAL,
@@ -225,7 +238,7 @@ SETTINGS = {
 def prepare_chaos(data: Path, work: Path) -> None:
     """Make and preprocess the CHAOS dataset; every second patient is for testing."""
     write_chaos(data / "chaos_mr_t2spir", work / "nnUNet_raw" / CHAOS, work / "chaos_test")
-    preprocess_with_one_plan(work / "nnUNet_preprocessed", [CHAOS], "3d_fullres")
+    preprocess_with_one_plan(work / "nnUNet_preprocessed", [CHAOS], "3d_lowres")
 
 
 def prepare(data: Path, work: Path, settings: Sequence[str]) -> None:
@@ -266,7 +279,7 @@ def one_run(work: Path, name: str, row_name: str, draw: int, seed: int) -> dict[
         fold = next(fold for fold, what in few_shot_folds(path).items() if what == wanted)
     test = test_folder(work, setting)
     training = Training(
-        setting.dataset, "3d_fullres", row.trainer,
+        setting.dataset, setting.configuration, row.trainer,
         {"epochs": round(setting.epochs * row.compute), "iterations_per_epoch": STEPS_PER_EPOCH},
         test, row.options, fold,
     )  # fmt: skip
