@@ -47,6 +47,9 @@ class RaterDataset:
         See `majority`.
     identity : {"persistent", "exchangeable"}
         Whether a rater is the same person in all cases, or the names are slots.
+    order : {"as_is", "area"}
+        "area": the slots are not the raters but rank1, rank2, ..., and hold each case's label maps
+        in the order of their foreground, smallest first (1.1).
     """
 
     channels: Sequence[str]
@@ -55,6 +58,7 @@ class RaterDataset:
     fusion: Literal["majority", "staple"] = "majority"
     tie: Tie = "background"
     identity: Literal["persistent", "exchangeable"] = "persistent"
+    order: Literal["as_is", "area"] = "as_is"
 
 
 def add_raters(
@@ -85,35 +89,43 @@ def add_raters(
     ------
     InputError
         If a file is broken or does not fit its image, nobody annotated a case, or a label map has
-        no image; nothing is written then.
+        no image; with the order "area" if raters are called persistent, or one has not annotated a
+        case. Nothing is written then.
     """
     ending = what.file_ending
+    by_area = what.order == "area"
+    if by_area and what.identity == "persistent":
+        raise InputError(
+            "Sorted by area, a label map belongs to a rank and to no person. Leave --identity "
+            "persistent out, or --order area."
+        )
     cases, faults = find_image_cases(images, file_ending=ending, num_channels=len(what.channels))
     if faults:
         raise InputError(next(iter(faults.values())))
     cases = [replace(case, raters=_rater_files(case, raters, ending)) for case in cases]
-    _check_files(cases, raters, images, ending)
+    _check_files(cases, raters, images, ending, everyone=by_area)
+    slots = [f"rank{i + 1}" for i in range(len(raters))] if by_area else list(raters)
     content: dict[str, Any] = {
         "channel_names": {str(i): name for i, name in enumerate(what.channels)},
         "labels": {BACKGROUND: 0, **{name: i + 1 for i, name in enumerate(what.classes)}},
         "numTraining": len(cases),
         "file_ending": ending,
-        "multirater": multirater_content(raters, what.identity),
+        "multirater": multirater_content(slots, what.identity),
     }
     if subjects is not None:
         content["subjects"] = _read_subjects(subjects, cases)
     dataset = parse_dataset_json(content, where=str(target / "dataset.json"))
     write = partial(_write_case, what=what, dataset=dataset, copy_files=copy_files)
     with building(target) as folder:
-        for rater in raters:
-            (folder / RATERS_FOLDER / rater).mkdir(parents=True)
+        for slot in slots:
+            (folder / RATERS_FOLDER / slot).mkdir(parents=True)
         with ThreadPoolExecutor() as pool:
             qualities = list(pool.map(lambda case: write(case, folder), cases))
         if what.fusion == "staple":
             names = [case.identifier for case in cases]
             write_json(dict(zip(names, qualities, strict=True)), folder / STAPLE_FILE)
         write_json(content, folder / "dataset.json")
-    return {name: sum(name in dict(case.raters) for case in cases) for name in raters}
+    return {slot: len(list((target / RATERS_FOLDER / slot).glob(f"*{ending}"))) for slot in slots}
 
 
 def parse_raters(texts: Sequence[str]) -> dict[str, Path]:
@@ -147,7 +159,7 @@ def _rater_files(
 
 
 def _check_files(
-    cases: Sequence[Case], raters: Mapping[str, Path], images: Path, ending: str
+    cases: Sequence[Case], raters: Mapping[str, Path], images: Path, ending: str, *, everyone: bool
 ) -> None:
     for case in cases:
         if not case.raters:
@@ -155,6 +167,12 @@ def _check_files(
                 f"Case {case.identifier!r} in {images} was annotated by none of "
                 f"{', '.join(raters)}: no folder holds {case.identifier}{ending}. Add a label map, "
                 "or move the image away."
+            )
+        absent = [name for name in raters if name not in dict(case.raters)]
+        if everyone and absent:
+            raise InputError(
+                f"Case {case.identifier!r} in {images} was not annotated by {', '.join(absent)}: "
+                "with --order area each rank needs a label map. Add it, or move the image away."
             )
     known = {path for case in cases for _, path in case.raters}
     for folder in raters.values():
@@ -189,17 +207,23 @@ def _write_case(
     legal = dataset.legal_values(case.identifier)
     name = f"{case.identifier}{what.file_ending}"
     drawn = []
-    for rater, path in case.raters:
+    for _, path in case.raters:
         one = replace(case, label=path)
         label = read_label(one, reader, image=image, properties=properties, legal=legal)
         drawn.append(label[0].astype(np.int64))
-        link_file(path, folder / RATERS_FOLDER / rater / name, copy=copy_files)
+    paths = dict(case.raters)
+    if what.order == "area":
+        ranks = np.argsort([np.count_nonzero(label) for label in drawn], kind="stable")
+        drawn = [drawn[i] for i in ranks]
+        paths = {slot: case.raters[i][1] for slot, i in zip(dataset.raters, ranks, strict=True)}
+    for slot, path in paths.items():
+        link_file(path, folder / RATERS_FOLDER / slot / name, copy=copy_files)
     link_images(case, folder / "imagesTr", case.identifier, what.file_ending, copy=copy_files)
     labels, classes = np.stack(drawn), len(dataset.labels)
     qualities: dict[str, Any] = {}
     if what.fusion == "staple":
         found = staple(labels, classes)
-        fused, qualities = found.fused, _qualities(found, what.classes, dict(case.raters))
+        fused, qualities = found.fused, _qualities(found, what.classes, paths)
     else:
         fused = majority(labels, classes, tie=what.tie)
     reader.write_seg(fused.astype(np.uint8), str(folder / "labelsTr" / name), properties)

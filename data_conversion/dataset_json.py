@@ -342,8 +342,8 @@ def _parse_raters(multirater: Any, where: str) -> tuple[str, ...]:
         )
     if multirater.get("order", "as_is") != "as_is":
         raise InputError(
-            f'{where}: "order" of multirater can only be as_is, got {multirater["order"]!r}. Sort '
-            "the label maps into folders by size first."
+            f'{where}: "order" of multirater can only be as_is, got {multirater["order"]!r}. Make '
+            "the dataset with nnmosaic add_raters --order area, which sorts the files."
         )
     if multirater.get("identity", IDENTITIES[0]) not in IDENTITIES:
         raise InputError(

@@ -103,8 +103,14 @@ def add_add_raters(commands: Any) -> None:
     parser.add_argument(
         "--identity",
         choices=IDENTITIES,
-        default=IDENTITIES[0],
-        help="whether a rater is the same person in all cases (default: %(default)s)",
+        help=f"whether a rater is the same person in all cases (default: {IDENTITIES[0]})",
+    )
+    parser.add_argument(
+        "--order",
+        choices=("as_is", "area"),
+        default="as_is",
+        help="area: sort the label maps of each case by size, into rank1, rank2, ..., which then "
+        f"stand for nobody ({IDENTITIES[1]}; default: %(default)s)",
     )
     parser.add_argument(
         "--subjects", type=Path, metavar="FILE", help="CSV with the columns case and subject"
@@ -126,7 +132,8 @@ def _do_add_raters(options: argparse.Namespace) -> None:
         file_ending=options.file_ending,
         fusion=options.fusion,
         tie=options.tie or "background",
-        identity=options.identity,
+        identity=options.identity or IDENTITIES[options.order == "area"],
+        order=options.order,
     )
     print(
         add_raters(

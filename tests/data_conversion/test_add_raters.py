@@ -1,5 +1,6 @@
 """A dataset with several annotations per case."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +164,32 @@ def test_doctor_reads_every_rater(files: dict[str, Path], tmp_path: Path) -> Non
     assert "Case 'b' has no label map of A, B, C in labelsTr_raters" in texts
     assert "stray.nii.gz belongs to no case" in texts
     assert [finding.is_error for finding in found] == [False, True, True]
+
+
+def test_label_maps_are_sorted_by_area(files: dict[str, Path], tmp_path: Path) -> None:
+    what = replace(WHAT, identity="exchangeable", order="area", fusion="staple")
+    raters = {name: files[name] for name in "BCA"}
+    target = tmp_path / "Dataset001_Ranks"
+    with pytest.raises(InputError, match=r"Case 'b' in .*images was not annotated by C: with"):
+        add_raters(files["images"], raters, target, what)
+    with pytest.raises(InputError, match="belongs to a rank and to no person"):
+        add_raters(files["images"], raters, target, replace(what, identity="persistent"))
+    assert not target.exists()
+    shutil.copy(files["A"] / "b.nii.gz", files["C"] / "b.nii.gz")  # as small as A's
+    found = add_raters(files["images"], raters, target, what)
+    assert found == {"rank1": 2, "rank2": 2, "rank3": 2}
+    folder = target / "labelsTr_raters"
+    drawn_by = {
+        case: [(folder / f"rank{i}" / f"{case}.nii.gz").readlink().parent.name for i in (1, 2, 3)]
+        for case in "ab"
+    }
+    assert drawn_by == {"a": ["A", "B", "C"], "b": ["C", "A", "B"]}
+    assert list(read_json(target / "staple.json")["b"]["ball"]) == ["rank1", "rank2", "rank3"]
+    assert read_json(target / "staple.json")["b"]["ball"]["rank3"]["specificity"] < 1
+    dataset = read_dataset_json(target)
+    assert dataset.raters == ("rank1", "rank2", "rank3")
+    assert dataset.content["multirater"]["identity"] == "exchangeable"
+    assert examine(target) == []
 
 
 def test_another_order_is_refused() -> None:

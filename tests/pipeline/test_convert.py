@@ -99,3 +99,6 @@ def test_raters_are_added_by_the_command(raw: Path, capsys: pytest.CaptureFixtur
     cases = len(list((original / "labelsTr").iterdir()))
     assert f"cases of each rater: A {cases}, B {cases}" in capsys.readouterr().out
     assert main(["doctor", "-d", "9"]) == 0
+    command[command.index("9")] = "10"
+    assert main([*command, "--order", "area"]) == 0
+    assert f"cases of each rater: rank1 {cases}, rank2 {cases}" in capsys.readouterr().out
