@@ -4,7 +4,7 @@ The layers that make logits, ``decoder.seg_layers``, take the latent code as wel
 decoder keep nnU-Net's keys, so that weights transfer. Both stages have the same parameters.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -112,9 +112,10 @@ class LatentEncoder(nn.Module):
 class Combiner(nn.Module):
     """From features and a code to logits, voxel by voxel (2.1).
 
-    What the code changes is added to the logits of nnU-Net's output layer, which the released code
-    does not have: so a trained nnU-Net can be taken over whole. With nnU-Net's leaky units: of few
-    others so many may die that the code has no effect.
+    The logits are those of nnU-Net's output layer, which the released code does not have, and what
+    a code changes: f(features, code) - f(features, mean code). So the mean opinion is a plain
+    nnU-Net, which can be taken over whole, and f learns only how opinions differ from it. With
+    nnU-Net's leaky units: of few others so many may die that the code has no effect.
 
     The first layer of the concatenation, W [h; z], is W_h h + W_z z: for a further code only the
     second part is new.
@@ -151,37 +152,37 @@ class Combiner(nn.Module):
         """Return what all codes share: first the logits of `plain`, then `of_features`."""
         return torch.cat([self.plain(features), self.of_features(features)], 1)
 
-    def forward(self, features: Tensor, codes: Tensor) -> Tensor:
-        """Return logits (B, C, *spatial) of codes (B, latent), or (M, B, C, *spatial) of many."""
-        shared = self.shared(features)
+    def forward(self, features: Tensor, codes: Tensor, mean: Tensor) -> Tensor:
+        """Return logits (B, C, *spatial) of codes (B, latent), or (M, B, C, *spatial) of many.
+
+        ``mean`` is the mean code, (B, latent).
+        """
+        inside = self.of_features(features)
+        # What is inside is computed again for the gradient, and not kept for every code.
+        again = partial(checkpoint, self._f, use_reentrant=False, preserve_rng_state=False)
+        f = again if torch.is_grad_enabled() else self._f
+        centre = self.plain(features) - f(inside, mean)
         if codes.dim() == 2:
-            return self._with_code(shared, codes)
+            return centre + f(inside, codes)
         # One by one, so that a mask does not depend on how many there are: a product of more rows
         # is rounded otherwise.
-        if not torch.is_grad_enabled():
-            return torch.stack([self._with_code(shared, one) for one in codes])
-        # What is inside is computed again for the gradient, and not kept for every code.
-        again = partial(checkpoint, self._with_code, use_reentrant=False, preserve_rng_state=False)
-        return torch.stack([again(shared, one) for one in codes])
+        return torch.stack([centre + f(inside, one) for one in codes])
 
-    def _with_code(self, shared: Tensor, codes: Tensor) -> Tensor:
+    def _f(self, inside: Tensor, codes: Tensor) -> Tensor:
         shift = self.of_code(codes)
-        plain, inside = shared.tensor_split([self.plain.out_channels], 1)
-        logits: Tensor = plain + self.rest(
-            inside + shift.view(*shift.shape, *[1] * (shared.dim() - 2))
-        )
-        return logits
+        found: Tensor = self.rest(inside + shift.view(*shift.shape, *[1] * (inside.dim() - 2)))
+        return found
 
-    def logits_of_case(self, shared: Tensor, code: Tensor) -> Tensor:
-        """Return logits of one code for a whole case, on the device of the weights.
+    def f_of_case(self, inside: Tensor, code: Tensor) -> Tensor:
+        """Return f(features, code) for a whole case, on the device of the weights.
 
-        The same as `forward`, as products of matrices of few voxels each: they stay in the cache,
-        and memory holds little more than the logits.
+        The same as in `forward`, as products of matrices of few voxels each: they stay in the
+        cache, and memory holds little more than the result.
 
         Parameters
         ----------
-        shared : Tensor, shape (C + width, *spatial)
-            What `shared` makes of the features; any precision and device.
+        inside : Tensor, shape (width, *spatial)
+            What `of_features` makes of the features; any precision and device.
         code : Tensor, shape (latent,)
 
         Returns
@@ -190,19 +191,18 @@ class Combiner(nn.Module):
         """
         weight = self.of_code.weight
         shift = self.of_code(code.to(weight.device))[:, None]
-        voxels = shared.flatten(1)
+        voxels = inside.flatten(1)
         found = []
         for first in range(0, voxels.shape[1], VOXELS_AT_ONCE):
             chosen = voxels[:, first : first + VOXELS_AT_ONCE].to(weight.device).float()
-            plain, inside = chosen.tensor_split([self.plain.out_channels])
-            inside = inside + shift
+            x = chosen + shift
             for layer in self.rest:
                 if isinstance(layer, nn.LeakyReLU):
-                    inside = functional.leaky_relu_(inside, layer.negative_slope)
+                    x = functional.leaky_relu_(x, layer.negative_slope)
                 else:
-                    inside = torch.addmm(layer.bias[:, None], layer.weight.flatten(1), inside)
-            found.append(plain + inside)
-        return torch.cat(found, 1).unflatten(1, shared.shape[1:])
+                    x = torch.addmm(layer.bias[:, None], layer.weight.flatten(1), x)
+            found.append(x)
+        return torch.cat(found, 1).unflatten(1, inside.shape[1:])
 
 
 class RaterHead(nn.Module):
@@ -313,11 +313,19 @@ class MultiRaterNet(nn.Module):
                 own += "plain."
             layer.plain.load_state_dict({key: weights[own + key] for key in ("weight", "bias")})
 
+    def unet_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what a plain nnU-Net has, too: encoder and decoder with their output layers."""
+        for name, parameter in self.named_parameters():
+            of_code = ".seg_layers." in name and ".plain." not in name
+            if name.startswith(("encoder.", "decoder.")) and not of_code:
+                yield parameter
+
     def train(self, mode: bool = True) -> "MultiRaterNet":
         """Change the mode of all parts but the frozen ones, which stay as at inference."""
         super().train(mode)
-        for part in self.children():
-            if not any(parameter.requires_grad for parameter in part.parameters()):
+        for part in self.modules():
+            learns = [parameter.requires_grad for parameter in part.parameters()]
+            if learns and not any(learns):
                 part.eval()
         return self
 
@@ -326,10 +334,17 @@ class MultiRaterNet(nn.Module):
         found = decoder_stages(self.encoder, self.decoder, x)
         return found[::-1] if self.decoder.deep_supervision else found[-1:]
 
-    def logits(self, features: Sequence[Tensor], codes: Tensor) -> Tensor | list[Tensor]:
+    def logits(
+        self, features: Sequence[Tensor], codes: Tensor, mean: Tensor
+    ) -> Tensor | list[Tensor]:
         """Return logits of codes (B, latent) at each resolution of the features."""
+        return self._at_each(features, lambda layer, level: layer(level, codes, mean))
+
+    def _at_each(
+        self, features: Sequence[Tensor], answer: Callable[[Combiner, Tensor], Tensor]
+    ) -> Tensor | list[Tensor]:
         layers = reversed(self.decoder.seg_layers)
-        levels = [layer(level, codes) for level, layer in zip(features, layers, strict=False)]
+        levels = [answer(layer, level) for level, layer in zip(features, layers, strict=False)]
         return levels if self.decoder.deep_supervision else levels[0]
 
     def forward(
@@ -355,7 +370,7 @@ class MultiRaterNet(nn.Module):
         Returns
         -------
         Tensor or list of Tensor
-            As nnU-Net's networks: with the prior's mean.
+            As nnU-Net's networks: with the mean opinion.
         Diversified
             With ``annotated``.
         Tensor, shape (R, B, C, *spatial)
@@ -365,19 +380,19 @@ class MultiRaterNet(nn.Module):
             with torch.no_grad():
                 features, prior = self.features(x), self.prior(x)
             own = codes_of_raters(self.queries(features[0]), prior.mean, prior.sigma)
-            return self.decoder.seg_layers[-1](features[0], own)
+            return self.decoder.seg_layers[-1](features[0], own, prior.mean)
         features = self.features(x)
         if self.shared_only:
             return self.decoder.seg_layers[-1].shared(features[0])
         if annotated is not None and noise is not None:
             prior, posterior = self.prior(x), self.posterior(annotated)
             return Diversified(
-                self.logits(features, posterior.sample(noise[0])),
-                self.decoder.seg_layers[-1](features[0], prior.sample(noise[1:])),
+                self.logits(features, posterior.sample(noise[0]), prior.mean),
+                self.decoder.seg_layers[-1](features[0], prior.sample(noise[1:]), prior.mean),
                 posterior,
                 prior,
             )
-        return self.logits(features, self.prior(x).mean)
+        return self._at_each(features, lambda layer, level: layer.plain(level))
 
     def queries(self, features: Tensor) -> Tensor:
         """Return the query of each rater, shape (R, B, latent), from full-resolution features."""

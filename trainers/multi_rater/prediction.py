@@ -85,12 +85,14 @@ class RaterPredictor:
                 self.network.load_state_dict(self.predictor.list_of_parameters[fold])
             opinion = self._opinion(fold, data, case)
             self.latents["networks"].append({k: v.tolist() for k, v in vars(opinion).items()})
-            shared = self._shared(data)
+            plain, inside = self._shared(data)
+            centre = plain.cpu() - self._f(inside, opinion.mean)
             for code in opinion.samples:
-                yield SAMPLES, f"{number:03d}", self._logits(shared, code)
+                yield SAMPLES, f"{number:03d}", centre + self._f(inside, code)
                 number += 1
             for name, code in zip(wanted.raters, opinion.raters, strict=True):
-                raters[name] = raters[name] + self._logits(shared, code) / self._networks
+                logits = centre + self._f(inside, code)
+                raters[name] = raters[name] + logits / self._networks
         yield from ((RATERS, name, logits) for name, logits in raters.items())
 
     @property
@@ -135,8 +137,8 @@ class RaterPredictor:
         noise = np.random.default_rng(entropy).standard_normal((number, self.plan.latent))
         return torch.from_numpy(noise.astype(np.float32))
 
-    def _shared(self, data: Tensor) -> Tensor:
-        """Return what the combiner makes of the features, whatever the code, `Combiner.shared`.
+    def _shared(self, data: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the combiner makes of the features whatever the code, see `Combiner.shared`.
 
         Tiles and mirrored copies are averaged here and not in the logits, so that each further
         code costs four products at every voxel of the case, and not of every tile.
@@ -153,8 +155,9 @@ class RaterPredictor:
         finally:
             self.network.shared_only = False
             predictor.label_manager, predictor.network = labels, network
-        return shared
+        plain, inside = shared.tensor_split([layer.plain.out_channels])
+        return plain, inside
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def _logits(self, shared: Tensor, code: Tensor) -> Tensor:
-        return self.network.decoder.seg_layers[-1].logits_of_case(shared, code).cpu()
+    def _f(self, inside: Tensor, code: Tensor) -> Tensor:
+        return self.network.decoder.seg_layers[-1].f_of_case(inside, code).cpu()

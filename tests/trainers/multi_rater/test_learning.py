@@ -56,8 +56,9 @@ def mean_ged(network: Any, images: Tensor, labels: Tensor) -> float:
     """Return GED of 10 samples, mean over classes and cases."""
     noise = torch.randn(10, len(images), network.latent, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        codes = network.prior(images).sample(noise)
-        samples = network.decoder.seg_layers[-1](network.features(images)[0], codes).argmax(2)
+        prior, features = network.prior(images), network.features(images)[0]
+        samples = network.decoder.seg_layers[-1](features, prior.sample(noise), prior.mean)
+        samples = samples.argmax(2)
     return float(np.mean([
         generalised_energy_distance((drawn == k).numpy(), (found == k).numpy())
         for k in (1, 2)

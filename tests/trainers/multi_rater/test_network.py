@@ -55,24 +55,36 @@ def image(base: tuple[nn.Module, int]) -> Tensor:
     return torch.randn(2, 2, *SIZES[base[1]])
 
 
-def test_heads_learn_and_statistics_of_batch_normalisation_stay() -> None:
+@pytest.mark.parametrize("learns", ["heads.", "what the code changes"])
+def test_new_parts_learn_and_statistics_of_batch_normalisation_stay(learns: str) -> None:
     torch.manual_seed(0)
     net = PlainConvUNet(
         2, 3, (4, 8, 8), nn.Conv2d, 3, [1, 2, 2], num_classes=CLASSES, n_conv_per_stage=1,
         n_conv_per_stage_decoder=1, norm_op=nn.BatchNorm2d, nonlin=nn.LeakyReLU,
     )  # fmt: skip
     network = MultiRaterNet(net, channels=2, classes=CLASSES, raters=RATERS, latent=LATENT)
+    of_heads = learns == "heads."
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name.startswith("heads."))
+        parameter.requires_grad_(name.startswith("heads.") == of_heads)
+    if not of_heads:
+        for parameter in network.unet_parameters():
+            parameter.requires_grad_(False)
     before = copy.deepcopy(network.train().state_dict())
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.1)
-    network(torch.randn(2, 2, 16, 24), of_raters=True).square().mean().backward()
+    image = torch.randn(2, 2, 16, 24)
+    if of_heads:
+        logits = network(image, of_raters=True)
+    else:
+        seen = torch.randn(2, 2 + RATERS * CLASSES, 16, 24)
+        logits = network(image, annotated=seen, noise=torch.randn(3, 2, LATENT)).samples
+    logits.square().mean().backward()
     optimizer.step()
     after = network.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("running_mean" in name for name in before)
     assert changed
-    assert all(name.startswith("heads.") for name in changed)
+    ours = ("heads.",) if of_heads else ("decoder.seg_layers.", "prior.", "posterior.")
+    assert all(name.startswith(ours) and ".plain." not in name for name in changed)
 
 
 def test_it_answers_as_nnunets_networks_do(network: MultiRaterNet, image: Tensor) -> None:
@@ -122,31 +134,48 @@ def test_the_features_are_those_of_the_stock_decoder(
 def test_one_code_one_answer(network: MultiRaterNet, image: Tensor) -> None:
     code, other = torch.randn(2, 2, LATENT)
     with torch.no_grad():
-        features = network.features(image)
-        first, again = (network.logits(features, code)[0] for _ in range(2))
-        assert (first - network.logits(features, other)[0]).abs().max() > 1e-3
-        mean = network.logits(features, network.prior(image).mean)
-        assert torch.equal(network(image)[0], mean[0])
+        features, mean = network.features(image), network.prior(image).mean
+        first, again = (network.logits(features, code, mean)[0] for _ in range(2))
+        assert (first - network.logits(features, other, mean)[0]).abs().max() > 1e-3
     assert torch.equal(first, again)
     for layer in network.decoder.seg_layers:
         nn.init.zeros_(layer.of_code.weight)
     with torch.no_grad():
-        deaf = network.logits(features, code)[0]
-        assert torch.equal(deaf, network.logits(features, other)[0])
+        deaf = network.logits(features, code, mean)[0]
+        assert torch.equal(deaf, network.logits(features, other, mean)[0])
+
+
+def test_the_mean_opinion_is_the_plain_network(
+    base: tuple[nn.Module, int], network: MultiRaterNet, image: Tensor
+) -> None:
+    stock = unet(type(base[0]), base[1])
+    network.encoder.load_state_dict(stock.encoder.state_dict())
+    network.decoder.load_state_dict(stock.decoder.state_dict(), strict=False)
+    network.take_output_layers(stock.state_dict())
+    with torch.no_grad():
+        expected = stock.eval()(image)
+        mean = network.prior(image).mean
+        at_mean = network.logits(network.features(image), mean, mean)
+        for one, answer, other in zip(expected, network(image), at_mean, strict=True):
+            assert torch.equal(answer, one)
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
 
 
 def test_a_case_is_finished_code_by_code(
     network: MultiRaterNet, image: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nnmosaic.trainers.multi_rater.network.VOXELS_AT_ONCE", 100)
-    code = torch.randn(LATENT)
+    code, mean = torch.randn(2, LATENT)
+    layer = network.decoder.seg_layers[-1]
     with torch.no_grad():
         network.shared_only = True
         shared = network(image)
         network.shared_only = False
-        expected = network.logits(network.features(image), code.expand(2, -1))[0]
+        both = (one.expand(2, -1) for one in (code, mean))
+        expected = network.logits(network.features(image), *both)[0]
         for one, logits in zip(shared, expected, strict=True):
-            found = network.decoder.seg_layers[-1].logits_of_case(one, code)
+            plain, inside = one.tensor_split([CLASSES])
+            found = plain + layer.f_of_case(inside, code) - layer.f_of_case(inside, mean)
             torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
 
 
@@ -154,7 +183,7 @@ def test_a_case_is_finished_code_by_code(
 def test_the_split_layer_is_the_concatenation(conv_op: type[nn.Module]) -> None:
     size = SIZES[2 if conv_op is nn.Conv2d else 3]
     combiner = Combiner(conv_op(5, CLASSES, 1), LATENT, 16)
-    features, codes = torch.randn(2, 5, *size), torch.randn(3, 2, LATENT)
+    features, codes, mean = torch.randn(2, 5, *size), torch.randn(3, 2, LATENT), torch.zeros(2, 6)
     tiled = codes.view(*codes.shape, *[1] * len(size)).expand(*codes.shape, *size)
     joined = conv_op(5 + LATENT, 16, 1)
     ones = [1] * len(size)
@@ -164,11 +193,13 @@ def test_the_split_layer_is_the_concatenation(conv_op: type[nn.Module]) -> None:
         )
         joined.weight.copy_(weight)
         joined.bias.copy_(combiner.of_features.bias)
-        expected = torch.stack(
-            [combiner.rest(joined(torch.cat([features, one], 1))) for one in tiled]
-        ) + combiner.plain(features)
-        torch.testing.assert_close(combiner(features, codes), expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(combiner(features, codes[1]), expected[1], rtol=1e-5, atol=1e-5)
+        at_mean, *others = (
+            combiner.rest(joined(torch.cat([features, one], 1))) for one in (0 * tiled[0], *tiled)
+        )
+        expected = combiner.plain(features) + torch.stack(others) - at_mean
+        for some in ((), (1,)):
+            found = combiner(features, codes[some], mean)
+            torch.testing.assert_close(found, expected[some], rtol=1e-5, atol=1e-5)
 
 
 def test_a_posterior_does_not_look_at_an_added_rater(network: MultiRaterNet, image: Tensor) -> None:
@@ -195,7 +226,7 @@ def test_first_stage(network: MultiRaterNet, image: Tensor) -> None:
     assert found.logits[0].shape == (2, CLASSES, *image.shape[2:])
     codes = found.prior.mean + found.prior.log_sigma.exp() * noise[3]
     with torch.no_grad():
-        answers = network.logits(network.features(image), codes)[0]
+        answers = network.logits(network.features(image), codes, found.prior.mean)[0]
     torch.testing.assert_close(answers, found.samples[2], rtol=1e-5, atol=1e-5)
     sum(level.sum() for level in [*found.logits, found.samples]).backward()
     grads = {name.split(".")[0] for name, p in network.named_parameters() if p.grad is not None}
