@@ -132,7 +132,7 @@ def _do_add_raters(options: argparse.Namespace) -> None:
         file_ending=options.file_ending,
         fusion=options.fusion,
         tie=options.tie or "background",
-        identity=options.identity or IDENTITIES[options.order == "area"],
+        identity=options.identity or ("exchangeable" if options.order == "area" else "persistent"),
         order=options.order,
     )
     print(

@@ -76,7 +76,7 @@ class nnUNetTrainerMultiRaterDiversified(MultiRaterTrainer):
     def configure_optimizers(self) -> Any:
         """Let the U-Net learn at a rate of its own; at the common one as nnU-Net does."""
         optimizer, scheduler = super().configure_optimizers()
-        if self.unet_lr_factor == 1:
+        if float(self.unet_lr_factor) == 1:
             return optimizer, scheduler
         unet = list(plain_network(self.network).unet_parameters())
         for parameter in unet:
