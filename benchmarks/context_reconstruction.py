@@ -149,6 +149,7 @@ CHOSEN_ROWS = {
     PLAIN_EQUAL: Row(PLAIN, compute=COMPUTE_OF_CHOSEN),
     "context reconstruction": Row(options=DEFAULT),
 }
+NO_TEACHER_ROW = "context reconstruction without teacher"
 LONGER_ROW = "context reconstruction, 5/3 of the steps"
 """As many steps as `PLAIN_EQUAL`: which more steps hardly help."""
 SETTINGS = {
@@ -182,7 +183,11 @@ SETTINGS = {
         "Hippocampus, 4 training cases, draws on which nothing was chosen",
         HIPPOCAMPUS,
         4,
-        {**CHOSEN_ROWS, LONGER_ROW: Row(options=DEFAULT, compute=COMPUTE_OF_CHOSEN)},
+        {
+            **CHOSEN_ROWS,
+            LONGER_ROW: Row(options=DEFAULT, compute=COMPUTE_OF_CHOSEN),
+            NO_TEACHER_ROW: Row(options={**DEFAULT, "reconstruction_weight": "0"}),
+        },
         draws=(3, 4, 5),
     ),
     "few2": Setting("Hippocampus, 2 training cases", HIPPOCAMPUS, 2, CHOSEN_ROWS),
