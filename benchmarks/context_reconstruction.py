@@ -151,7 +151,7 @@ CHOSEN_ROWS = {
 }
 NO_TEACHER_ROW = "context reconstruction without teacher"
 LONGER_ROW = "context reconstruction, 5/3 of the steps"
-"""As many steps as `PLAIN_EQUAL`: which more steps hardly help."""
+"""As many steps as `PLAIN_EQUAL`."""
 SETTINGS = {
     "few4": Setting(
         "Hippocampus, 4 training cases",
@@ -257,7 +257,7 @@ def prepare(data: Path, work: Path, settings: Sequence[str]) -> None:
                 command("few_shot", "-d", setting.dataset, "--cases", str(setting.cases),
                         "--draws", draws)  # fmt: skip
     if CHAOS in datasets:
-        done = work / "chaos_prepared"
+        done = work / "chaos_3d_lowres_prepared"
         if not done.is_file():
             prepare_chaos(data, work)
             done.touch()

@@ -49,14 +49,14 @@ OPTIONS = {
 """Of first stages other than ours."""
 PROBABILISTIC, RELEASED = OPTIONS
 OURS, FUSED = "ours", "fused nnU-Net"
-FUSED_AS_LONG = "fused nnU-Net, three times the steps"
+FUSED_AS_LONG = "fused nnU-Net, as many steps"
 ONE_EACH, RANDOM, SOFT = "one model per rater", "random rater", "soft mean of the raters"
 ONE_MASK = {RANDOM: "nnUNetTrainerRandomRater", SOFT: "nnUNetTrainerSoftMean"}
 DECISIVE = (FUSED, OURS, PROBABILISTIC, FUSED_AS_LONG)
 PHOTO_ROWS = (*DECISIVE, RANDOM, SOFT, ONE_EACH, RELEASED)
 """Ours: both stages, after the fused nnU-Net, with which other first stages begin, too. All that
-give one mask, and the models for single raters together, have three times its steps as well. A
-fused nnU-Net also makes the row of constant morphology."""
+give one mask, and the models for single raters together, have as many steps as the three. A fused
+nnU-Net also makes the row of constant morphology."""
 VOLUME_ROWS = (FUSED, OURS, FUSED_AS_LONG)
 
 
@@ -68,8 +68,8 @@ class Setting:
     ----------
     dataset : str
         nnU-Net's name of it.
-    epochs : int
-        Of each stage, of `STEPS` steps.
+    epochs : tuple of int
+        Of the fused nnU-Net, the first and the second stage, of `STEPS` steps.
     reference : str
         The setting whose row "ours" others of the same subjects are held against.
     """
@@ -79,7 +79,7 @@ class Setting:
     source: Photographs | SimulatedRaters
     rows: tuple[str, ...]
     folds: int
-    epochs: int
+    epochs: tuple[int, int, int]
     reference: str
 
 
@@ -98,17 +98,17 @@ MISSING = {"complete": 0.0, "half": 0.5, "quarter": 0.75}
 SETTINGS = {
     "chase": Setting(
         "CHASE_DB1: retinal vessels, 2 observers", "Dataset641_Chase", CHASE, PHOTO_ROWS,
-        PHOTO_FOLDS, 10, "chase",
+        PHOTO_FOLDS, (20, 6, 4), "chase",
     ),
     "bubil": Setting(
         "BU-BIL 1: cells, 4 people x 2 tools", "Dataset642_Bubil", BUBIL, PHOTO_ROWS,
-        PHOTO_FOLDS, 10, "bubil",
+        PHOTO_FOLDS, (20, 6, 4), "bubil",
     ),
     **{
         name: Setting(
             f"Hippocampus, 3 simulated raters, {missing:.0%} of the annotations missing",
             f"Dataset65{i}_{name.capitalize()}", SimulatedRaters(missing), VOLUME_ROWS,
-            1, 16, "complete",
+            1, (32, 10, 6), "complete",
         )
         for i, (name, missing) in enumerate(MISSING.items())
     },
@@ -124,24 +124,30 @@ def one_run(work: Path, name: str, row: str, fold: int, seed: int) -> dict[str, 
 
     start = time.perf_counter()
     run = Run(work, name, row, fold, seed)
+    epochs = run.setting.epochs
+    fused, first, second = epochs
     result: dict[str, Any] = {"setting": name, "row": row, "fold": fold, "seed": seed}
     if row == OURS:
-        result["diversified"] = run.scored(run.train(FIRST))
-        result["personalised"] = run.scored(run.train(SECOND))
+        result["diversified"] = run.scored(run.train(FIRST, epochs=first))
+        result["personalised"] = run.scored(run.train(SECOND, epochs=second))
     elif row in OPTIONS:
-        result["diversified"] = run.scored(run.train(FIRST, options=OPTIONS[row]))
+        result["diversified"] = run.scored(run.train(FIRST, epochs=first, options=OPTIONS[row]))
     elif row in ONE_MASK:
-        result["one mask"] = run.scored(run.train(ONE_MASK[row], steps=3 * STEPS))
+        result["one mask"] = run.scored(run.train(ONE_MASK[row], epochs=sum(epochs)))
     elif row == ONE_EACH:
         result["personalised"] = run.scored(run.train_one_each())
     else:
-        masks = run.train(PLAIN, steps=STEPS if row == FUSED else 3 * STEPS)
+        masks = run.train(PLAIN, epochs=fused if row == FUSED else sum(epochs))
         result["one mask"] = run.scored(masks)
         if isinstance(run.setting.source, Photographs):
             result["morphology"] = run.scored(run.with_morphology(masks))
     subjects = read_json(subjects_file(work, run.setting.dataset))
-    steps = [run.setting.epochs, STEPS]
-    return {**result, "subjects": subjects, "epochs and steps": steps, **what_it_took(start)}
+    return {
+        **result,
+        "subjects": subjects,
+        "epochs and steps": [*epochs, STEPS],
+        **what_it_took(start),
+    }
 
 
 class Run:
@@ -162,6 +168,7 @@ class Run:
         self,
         trainer: str,
         *,
+        epochs: int,
         options: Mapping[str, str] | None = None,
         steps: int = STEPS,
         into: str = "",
@@ -173,7 +180,7 @@ class Run:
 
         os.environ["nnUNet_results"] = str(self.results / into)
         settings = RunSettings(
-            epochs=self.setting.epochs, iterations_per_epoch=steps,
+            epochs=epochs, iterations_per_epoch=steps,
             val_iterations_per_epoch=1, seed=self.seed, options=options,
         )  # fmt: skip
         configuration = self.setting.source.configuration
@@ -195,12 +202,13 @@ class Run:
         return self.fused / model / folder.name / "checkpoint_final.pth"
 
     def train_one_each(self) -> Path:
-        """Train a model for each rater, all together with three times the steps of a stage."""
+        """Train a model for each rater, all together with at least as many steps as ours."""
         target = self.results / f"masks_{self.fold}"
         for number, rater in enumerate(self.dataset.raters, start=1):
             masks = self.train(
-                "nnUNetTrainerOneRater", options={"rater": str(number)},
-                steps=round(3 * STEPS / len(self.dataset.raters)), into=rater,
+                "nnUNetTrainerOneRater", epochs=sum(self.setting.epochs),
+                options={"rater": str(number)}, steps=-(-STEPS // len(self.dataset.raters)),
+                into=rater,
             )  # fmt: skip
             (target / "raters").mkdir(parents=True, exist_ok=True)
             shutil.copytree(masks, target / "raters" / rater, dirs_exist_ok=True)
@@ -325,7 +333,12 @@ class Scored:
 def finished(name: str, row: str, seeds: Sequence[int]) -> Scored:
     """Return what is there of a row."""
     paths = [path for path, run in runs_of([name], seeds).items() if run[1] == row]
-    return Scored([read_json(path) for path in paths if path.is_file()])
+    runs = [read_json(path) for path in paths if path.is_file()]
+    epochs = [*SETTINGS[name].epochs, STEPS]
+    for run in runs:
+        if run["epochs and steps"] != epochs:
+            raise RuntimeError(f"{name}, {row}: a run was made with other epochs. Remove its file.")
+    return Scored(runs)
 
 
 def interval(values: Mapping[str, float], people: Mapping[str, str]) -> str:
@@ -414,14 +427,19 @@ def main() -> None:
         if any(path.is_file() for path in runs_of([name], options.seeds))
     ]  # fmt: skip
     tables = "\n\n".join(setting_tables(name, options.seeds) for name in begun)
+    steps = "; ".join(
+        f"{name} {', '.join(str(STEPS * epochs) for epochs in SETTINGS[name].epochs)}"
+        for name in SETTINGS
+    )
     text = (
         "# Many raters against their baselines\n\nMade by `python -m benchmarks.multi_rater`. "
         f"Photographs: {PHOTO_FOLDS} folds by person, CPU plan with a patch of {PATCH}, half "
         "resolution; of cells, in all rows, the largest component. Hippocampus: every fourth "
         "subject is unseen, and has all raters. Seeds "
-        f"{', '.join(map(str, options.seeds))}. First stages begin with the fused nnU-Net after as "
-        "many steps as each stage takes; models with one mask, and those for single raters "
-        "together, take three times as many. 10 samples. Intervals: 95 %, "
+        f"{', '.join(map(str, options.seeds))}. Steps of the fused nnU-Net and of both stages: "
+        f"{steps}. First stages begin with the fused nnU-Net. Other models with one mask, and "
+        "those for single raters together, take as many steps as all three. 10 samples. "
+        "Intervals: 95 %, "
         "bootstrap over people, of the mean over seeds. Variance ratio: that of the samples over "
         "that of the raters. Fused: the majority, ties as the first rater. Strict: the mask of a "
         "rater against this rater only; a model with one mask is held against each. Nearest: the "

@@ -49,7 +49,7 @@ class RaterDataset:
         Whether a rater is the same person in all cases, or the names are slots.
     order : {"as_is", "area"}
         "area": the slots are not the raters but rank1, rank2, ..., and hold each case's label maps
-        in the order of their foreground, smallest first (1.1).
+        in the order of their foreground, smallest first (7.2).
     """
 
     channels: Sequence[str]
@@ -89,8 +89,8 @@ def add_raters(
     ------
     InputError
         If a file is broken or does not fit its image, nobody annotated a case, or a label map has
-        no image; with the order "area" if raters are called persistent, or one has not annotated a
-        case. Nothing is written then.
+        no image; with the order "area" if raters are called persistent, the first one decides ties,
+        or one has not annotated a case. Nothing is written then.
     """
     ending = what.file_ending
     by_area = what.order == "area"
@@ -98,6 +98,10 @@ def add_raters(
         raise InputError(
             "Sorted by area, a label map belongs to a rank and to no person. Leave --identity "
             "persistent out, or --order area."
+        )
+    if by_area and what.tie == "first_rater":
+        raise InputError(
+            "With --order area no rater comes first: choose --tie background or foreground."
         )
     cases, faults = find_image_cases(images, file_ending=ending, num_channels=len(what.channels))
     if faults:

@@ -109,8 +109,8 @@ def add_add_raters(commands: Any) -> None:
         "--order",
         choices=("as_is", "area"),
         default="as_is",
-        help="area: sort the label maps of each case by size, into rank1, rank2, ..., which then "
-        f"stand for nobody ({IDENTITIES[1]}; default: %(default)s)",
+        help="area: sort the label maps of each case by size into rank1, rank2, ...; --identity is "
+        f"then {IDENTITIES[1]} (default: %(default)s)",
     )
     parser.add_argument(
         "--subjects", type=Path, metavar="FILE", help="CSV with the columns case and subject"

@@ -29,8 +29,6 @@ class TrainingStoppedError(RuntimeError):
 class BudgetedPolyLRScheduler(PolyLRScheduler):
     """nnU-Net's polynomial schedule, which also ends when a time budget does.
 
-    A group of parameters with a "factor" has so many times the rate of the others.
-
     Parameters
     ----------
     progress : callable
@@ -52,8 +50,6 @@ class BudgetedPolyLRScheduler(PolyLRScheduler):
         if current_step is not None and current_step >= 0:
             current_step = max(current_step, min(1.0, self.progress()) * self.max_steps)
         super().step(current_step)
-        for group in self.optimizer.param_groups:
-            group["lr"] *= group.get("factor", 1.0)
 
 
 def plain_network(network: Any) -> Any:

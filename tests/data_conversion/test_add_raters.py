@@ -174,6 +174,8 @@ def test_label_maps_are_sorted_by_area(files: dict[str, Path], tmp_path: Path) -
         add_raters(files["images"], raters, target, what)
     with pytest.raises(InputError, match="belongs to a rank and to no person"):
         add_raters(files["images"], raters, target, replace(what, identity="persistent"))
+    with pytest.raises(InputError, match="no rater comes first"):
+        add_raters(files["images"], raters, target, replace(what, tie="first_rater"))
     assert not target.exists()
     shutil.copy(files["A"] / "b.nii.gz", files["C"] / "b.nii.gz")  # as small as A's
     found = add_raters(files["images"], raters, target, what)

@@ -13,7 +13,7 @@ WARM_UP_EPOCHS, WARM_UP_SHARE = 10, 0.1
 
 
 class WarmUpPolyScheduler(BudgetedPolyLRScheduler):
-    """nnU-Net's polynomial schedule after a linear rise."""
+    """nnU-Net's polynomial schedule after a linear rise, times the "factor" of each group."""
 
     def step(self, current_step: float | None = None) -> None:
         """Set the learning rate of an epoch."""
@@ -22,7 +22,7 @@ class WarmUpPolyScheduler(BudgetedPolyLRScheduler):
         rising = min(WARM_UP_EPOCHS, WARM_UP_SHARE * self.max_steps)
         share = min(1.0, max((epoch + 1) / (rising + 1), self.progress() / WARM_UP_SHARE))
         for group in self.optimizer.param_groups:
-            group["lr"] *= share
+            group["lr"] *= share * group["factor"]
 
 
 def parameter_groups(

@@ -19,11 +19,9 @@ from nnmosaic.trainers.multi_rater.loss import (
 from nnmosaic.trainers.multi_rater.network import Diversified
 from nnmosaic.trainers.multi_rater.trainer import MultiRaterTrainer
 from nnmosaic.trainers.multi_rater.wanted_masks import WantedMasks
-from nnmosaic.trainers.options import Fraction
-from nnmosaic.trainers.resumable import BudgetedPolyLRScheduler, plain_network
+from nnmosaic.trainers.resumable import plain_network
 
 VALIDATION_SAMPLES = 10
-OTHER_LABELS_LR_FACTOR = 0.1
 
 
 class nnUNetTrainerMultiRaterDiversified(MultiRaterTrainer):
@@ -36,8 +34,8 @@ class nnUNetTrainerMultiRaterDiversified(MultiRaterTrainer):
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
-        "kl_weight", "bound_weight", "bound_cross_entropy", "energy_weight",
-        "posterior", "rater_draw", "unet_lr_factor",
+        "kl_weight", "bound_weight", "bound_cross_entropy", "energy_weight", "posterior",
+        "rater_draw",
     )  # fmt: skip
 
     kl_weight: float = 0.01
@@ -53,40 +51,9 @@ class nnUNetTrainerMultiRaterDiversified(MultiRaterTrainer):
     """Whether the posterior sees every rater, or only the one whose mask is learnt."""
     rater_draw: Literal["uniform", "balanced"] = "uniform"
     """Which rater is learnt: any who annotated the case, or more often those with few cases."""
-    unet_lr_factor: Fraction = Fraction(1.0)
-    """Learning rate of what a plain nnU-Net has, too, relative to the new parts. Unless it is
-    given, after ``-pretrained_weights`` 0, where the mean opinion stays the plain model's; 0.1 if
-    they are of other labels."""
 
     trains_heads = False
     default_epochs = 200
-
-    def prepare(self) -> None:
-        """Choose how fast the U-Net learns."""
-        super().prepare()
-        given = "unet_lr_factor" in (self.run_settings.options or {})
-        if self.pretrained is not None and not given:
-            same = self.has_same_labels(self.pretrained)
-            self.unet_lr_factor = Fraction(0.0 if same else OTHER_LABELS_LR_FACTOR)
-            self.print_to_log_file(
-                f"Pretrained for {'the same' if same else 'other'} labels: unet_lr_factor is "
-                f"{self.unet_lr_factor:g}"
-            )
-
-    def configure_optimizers(self) -> Any:
-        """Let the U-Net learn at a rate of its own; at the common one as nnU-Net does."""
-        optimizer, scheduler = super().configure_optimizers()
-        if float(self.unet_lr_factor) == 1:
-            return optimizer, scheduler
-        unet = list(plain_network(self.network).unet_parameters())
-        for parameter in unet:
-            parameter.requires_grad_(self.unet_lr_factor > 0)
-        group, of_unet = optimizer.param_groups[0], {id(parameter) for parameter in unet}
-        group["params"] = [one for one in group["params"] if id(one) not in of_unet]
-        optimizer.add_param_group({"params": unet, "factor": float(self.unet_lr_factor)})
-        return optimizer, BudgetedPolyLRScheduler(
-            optimizer, self.initial_lr, self.num_epochs, self._spent_budget
-        )
 
     def take_pretrained(self, checkpoint: Mapping[str, Any]) -> None:
         """Take over the output layers, too, of a model of the same labels."""
@@ -108,7 +75,7 @@ class nnUNetTrainerMultiRaterDiversified(MultiRaterTrainer):
             annotated=posterior_input(batch["data"], labels, seen, classes),
             noise=noise,
         )
-        drawn = of_raters(batch["target"], 1 + raters)
+        drawn = of_raters(batch["target"], 1 + raters)  # the fused labels come first
         distance = gaussian_kl(*found.posterior, *found.prior).mean()
         terms = {
             "segmentation": self.segmentation_loss(found.logits, drawn, batch),

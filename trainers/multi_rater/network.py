@@ -4,7 +4,7 @@ The layers that make logits, ``decoder.seg_layers``, take the latent code as wel
 decoder keep nnU-Net's keys, so that weights transfer. Both stages have the same parameters.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -140,7 +140,7 @@ class Combiner(nn.Module):
             nn.LeakyReLU(inplace=True),
             conv_op(width, width, 1),
             nn.LeakyReLU(inplace=True),
-            conv_op(width, classes, 1),
+            conv_op(width, classes, 1, bias=False),  # it would cancel out
         )
         for module in (self.of_features, self.of_code, *self.rest):
             if isinstance(module, nn.Linear | conv_op):
@@ -200,7 +200,9 @@ class Combiner(nn.Module):
                 if isinstance(layer, nn.LeakyReLU):
                     x = functional.leaky_relu_(x, layer.negative_slope)
                 else:
-                    x = torch.addmm(layer.bias[:, None], layer.weight.flatten(1), x)
+                    x = layer.weight.flatten(1) @ x
+                    if layer.bias is not None:
+                        x += layer.bias[:, None]
             found.append(x)
         return torch.cat(found, 1).unflatten(1, inside.shape[1:])
 
@@ -313,19 +315,11 @@ class MultiRaterNet(nn.Module):
                 own += "plain."
             layer.plain.load_state_dict({key: weights[own + key] for key in ("weight", "bias")})
 
-    def unet_parameters(self) -> Iterator[nn.Parameter]:
-        """Yield what a plain nnU-Net has, too: encoder and decoder with their output layers."""
-        for name, parameter in self.named_parameters():
-            of_code = ".seg_layers." in name and ".plain." not in name
-            if name.startswith(("encoder.", "decoder.")) and not of_code:
-                yield parameter
-
     def train(self, mode: bool = True) -> "MultiRaterNet":
         """Change the mode of all parts but the frozen ones, which stay as at inference."""
         super().train(mode)
-        for part in self.modules():
-            learns = [parameter.requires_grad for parameter in part.parameters()]
-            if learns and not any(learns):
+        for part in self.children():
+            if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()
         return self
 
@@ -337,7 +331,10 @@ class MultiRaterNet(nn.Module):
     def logits(
         self, features: Sequence[Tensor], codes: Tensor, mean: Tensor
     ) -> Tensor | list[Tensor]:
-        """Return logits of codes (B, latent) at each resolution of the features."""
+        """Return logits of codes at each resolution of the features.
+
+        Codes and mean code are (B, latent); at the mean code they are the plain logits.
+        """
         return self._at_each(features, lambda layer, level: layer(level, codes, mean))
 
     def _at_each(
@@ -355,7 +352,7 @@ class MultiRaterNet(nn.Module):
         noise: Tensor | None = None,
         of_raters: bool = False,
     ) -> Any:
-        """Return logits for one code; or what a stage learns from.
+        """Return nnU-Net's own logits, the mean opinion; or what a stage learns from.
 
         Parameters
         ----------
@@ -370,7 +367,7 @@ class MultiRaterNet(nn.Module):
         Returns
         -------
         Tensor or list of Tensor
-            As nnU-Net's networks: with the mean opinion.
+            As nnU-Net's networks.
         Diversified
             With ``annotated``.
         Tensor, shape (R, B, C, *spatial)

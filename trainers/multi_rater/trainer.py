@@ -26,11 +26,11 @@ from nnmosaic.trainers.resumable import plain_network
 class MultiRaterTrainer(nnUNetTrainerMosaic):
     """What both stages share: data with a channel for each rater, and a network with opinions.
 
-    By itself the network answers with the prior's mean, so that nnU-Net's tools predict with it.
+    By itself the network answers with the mean opinion, so that nnU-Net's tools predict with it.
     """
 
     trains_heads: ClassVar[bool]
-    """Whether the heads of the raters learn, or all the rest."""
+    """Whether the heads of the raters learn, or the rest."""
 
     @cached_property
     def rater_plan(self) -> RaterPlan:
@@ -145,14 +145,14 @@ class MultiRaterTrainer(nnUNetTrainerMosaic):
         raise NotImplementedError
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Validate the prior's mean as nnU-Net does; then the masks of this stage."""
+        """Validate the mean opinion as nnU-Net does; then the masks of this stage."""
         super().perform_actual_validation(save_probabilities)
         if self.local_rank != 0:
             return
         folder = Path(self.output_folder) / "validation"
         self._predict_validation_cases(folder)
         references = Path(self.preprocessed_dataset_folder_base) / RATER_REFERENCES_FOLDER
-        # Its .npz are of the prior's mean.
+        # Its .npz are of the mean opinion.
         summary = evaluate_raters(references, folder, self.dataset, read_probabilities=False)
         write_json(summary, folder / "summary_raters.json")
 

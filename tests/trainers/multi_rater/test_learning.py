@@ -1,6 +1,7 @@
 """Both stages learn on toy data (spec 7.8, invariant 15)."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from nnmosaic.pipeline.train import load_pretrained
+from nnmosaic.trainers.base import nnUNetTrainerMosaic
 from nnmosaic.trainers.multi_rater.diversified import nnUNetTrainerMultiRaterDiversified
 from nnmosaic.trainers.multi_rater.personalized import nnUNetTrainerMultiRaterPersonalized
 from nnmosaic.trainers.multi_rater.set_metrics import dice_matrix, generalised_energy_distance
+from nnmosaic.trainers.multi_rater.trainer import MultiRaterTrainer
 
 DATASET = "Dataset008_Raters"
 SIZE, BATCH, STEPS, HELD_OUT = 32, 4, 300, 40
@@ -45,6 +49,8 @@ def learn(trainer: Any, seed: int) -> None:
         trainer.lr_scheduler.step(step * trainer.num_epochs / STEPS)
         images, labels = discs(generator, BATCH)
         stack = torch.cat([labels[:, 1:2], labels], 1)  # the fused labels come first
+        if not isinstance(trainer, MultiRaterTrainer):
+            stack = stack[:, :1]
         levels = [stack[..., ::n, ::n] for n in steps]
         target = stack if scales is None else levels
         trainer.train_step({"data": images, "target": target, "keys": ["discs"] * BATCH})
@@ -77,18 +83,27 @@ def strict_dice(labels: Tensor, predicted: Tensor) -> float:
     return float(np.mean(pairs))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_discs(make_trainer: Callable[..., Any], seed: int) -> None:
+@pytest.mark.parametrize(("seed", "pretrained"), [(0, False), (1, False), (2, False), (0, True)])
+def test_discs(make_trainer: Callable[..., Any], seed: int, pretrained: bool) -> None:
     images, labels = discs(np.random.default_rng(100), HELD_OUT)
 
-    def untrained(cls: type, **options: str) -> Any:
+    def untrained(cls: type, weights: Path | None = None, **options: str) -> Any:
         trainer = make_trainer(
             cls, DATASET, "2d", seed=seed, options=options, optimizer="adamw", initial_lr=5e-3
         )
-        trainer.initialize()
+        if weights is None:
+            trainer.initialize()
+        else:
+            load_pretrained(trainer, weights)
         return trainer
 
-    first = untrained(nnUNetTrainerMultiRaterDiversified)
+    weights = None
+    if pretrained:
+        plain = untrained(nnUNetTrainerMosaic)
+        learn(plain, seed)
+        weights = Path(plain.output_folder) / "plain.pth"
+        plain.save_checkpoint(str(weights))
+    first = untrained(nnUNetTrainerMultiRaterDiversified, weights)
     peer = untrained(nnUNetTrainerMultiRaterDiversified, bound_weight="0", energy_weight="0")
     for trainer in (first, peer):
         learn(trainer, seed)

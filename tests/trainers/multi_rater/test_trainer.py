@@ -230,43 +230,6 @@ def test_the_first_stage_may_begin_as_a_plain_model(make_trainer: Callable[..., 
             assert torch.equal(own[re.sub(layers, r"\1plain.", name)], value)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_pretrained_unet_learns_slowly_or_not_at_all(
-    make_trainer: Callable[..., Any], optimizer: str
-) -> None:
-    plain = make_trainer(nnUNetTrainerMosaic, DATASET)
-    plain.initialize()
-    path = Path(plain.output_folder) / "plain.pth"
-    plain.save_checkpoint(str(path))
-    of_unet = {
-        re.sub(r"(seg_layers\.\d+\.)", r"\1plain.", name)
-        for name, _ in plain.network.named_parameters()
-    }
-    for options, factor in (({"unet_lr_factor": "0.1"}, 0.1), (None, 0.0)):
-        trainer = make_trainer(
-            nnUNetTrainerMultiRaterDiversified, DATASET, optimizer=optimizer, options=options
-        )
-        load_pretrained(trainer, path)
-        trainer.on_train_start()
-        trainer.lr_scheduler.step(1)
-        new, unet = trainer.optimizer.param_groups
-        assert unet["lr"] == pytest.approx(factor * new["lr"])
-        assert new["lr"] > 0
-        before = {name: value.clone() for name, value in trainer.network.named_parameters()}
-        assert len(unet["params"]) == len(of_unet)
-        trainer.train_step(next(trainer.dataloader_train))
-        changed = {
-            n for n, p in trainer.network.named_parameters() if not torch.equal(p, before[n])
-        }
-        assert bool(changed & of_unet) == (factor > 0)
-        assert any(name.startswith("prior.") for name in changed)
-    saved = str(path.with_name("slow.pth"))
-    trainer.save_checkpoint(saved)
-    again = make_trainer(nnUNetTrainerMultiRaterDiversified, DATASET, optimizer=optimizer)
-    again.load_checkpoint(saved)
-    assert [group.get("factor") for group in again.optimizer.param_groups] == [None, 0.0]
-
-
 def test_output_layers_of_other_labels_stay_and_other_layers_are_refused(
     make_trainer: Callable[..., Any],
 ) -> None:
