@@ -35,6 +35,8 @@ ENTROPY = {"entropy": "conditional"}
 FEW_CASES = {"few_cases": "100000"}
 """As with few cases: with all, there are no masked passes."""
 CONTEXT = "nnUNetTrainerContextReconstruction"
+TEACHER = {"reconstruction_weight": "0.5"}
+FULL_FORM = {**FEW_CASES, **TEACHER, "every_k": "1"}
 VARIANTS: Mapping[str, Variant | None] = {
     PLAIN: None,
     "self-disambiguation": (SELF_DISAMBIGUATION, {}),
@@ -46,14 +48,12 @@ VARIANTS: Mapping[str, Variant | None] = {
         {"loss_form": "authors", "entropy": "full"},
     ),
     "context reconstruction, few cases": (CONTEXT, FEW_CASES),
-    "context reconstruction, full form": (CONTEXT, {**FEW_CASES, "every_k": "1"}),
-    "context reconstruction, full form without teacher": (
-        CONTEXT,
-        {**FEW_CASES, "every_k": "1", "reconstruction_weight": "0"},
-    ),
+    "context reconstruction, few cases, with teacher": (CONTEXT, {**FEW_CASES, **TEACHER}),
+    "context reconstruction, full form": (CONTEXT, FULL_FORM),
+    "context reconstruction, full form without teacher": (CONTEXT, {**FEW_CASES, "every_k": "1"}),
     "context reconstruction, full form, half of the batch": (
         CONTEXT,
-        {**FEW_CASES, "every_k": "1", "masked_fraction": "0.5"},
+        {**FULL_FORM, "masked_fraction": "0.5"},
     ),
     "self-disambiguation and context": (f"{SELF_DISAMBIGUATION}Context", FEW_CASES),
 }

@@ -53,7 +53,9 @@ def test_stock_commands_train_and_predict_what_ours_do(
     plans = json.loads(plans_file.read_text())
     short = {"epochs": 1, "iterations_per_epoch": 30, "val_iterations_per_epoch": 1}
     # So that there is a teacher, and it has learnt as much.
-    short["options"] = {"few_cases": "1000", "momentum_base": "0.5"}
+    short["options"] = {
+        "few_cases": "1000", "reconstruction_weight": "0.5", "momentum_base": "0.5"
+    }  # fmt: skip
     plans["nnmosaic"]["run_settings"].update(short)
     plans_file.write_text(json.dumps(plans))
     train = ("nnunetv2.run.run_training", "run_training_entry")

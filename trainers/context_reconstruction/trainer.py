@@ -27,6 +27,13 @@ from nnmosaic.trainers.ema_teacher import TeacherTrainer, forgetting_momentum
 from nnmosaic.trainers.options import Count, Fraction, Positive
 from nnmosaic.trainers.resumable import plain_network
 
+MEASURED_WEIGHT = 0.5
+"""Of the teacher, in benchmarks/context_reconstruction.py."""
+OF_THE_TEACHER = (
+    "reconstruction", "reconstruction_goal", "reconstruction_region", "reconstruction_ramp",
+    "temperature", "momentum", "momentum_base", "momentum_warmup",
+)  # fmt: skip
+"""Options that say something about it only."""
 RELEASED_WARMUP = 20
 """Epochs: the released code says 10 and counts twice as many iterations as an epoch has (1.5)."""
 
@@ -34,9 +41,10 @@ RELEASED_WARMUP = 20
 class nnUNetTrainerContextReconstruction(TeacherTrainer):
     """nnU-Net with a second pass on masked patches (methods/context_reconstruction.md).
 
-    The pass learns from the complete labels (1.4), and from a moving average of the network that
-    sees the whole patch. Prediction is plain nnU-Net's. With both weights 0, or with more than few
-    training cases, this is `nnUNetTrainerMosaic`, bit for bit.
+    The pass learns from the complete labels (1.4), and, with a `reconstruction_weight`, from a
+    moving average of the network that sees the whole patch. Prediction is plain nnU-Net's. With
+    both weights 0, or with more than few training cases, this is `nnUNetTrainerMosaic`, bit for
+    bit.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
@@ -72,8 +80,9 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
     none, and with 143 it cost some (benchmarks/results/context_reconstruction.md)."""
     reconstruction: ReconstructionForm = "kl"
     """How student and teacher are compared; see `reconstruction_loss`."""
-    reconstruction_weight: float = 0.5
-    """Of the teacher in the masked pass."""
+    reconstruction_weight: float = 0.0
+    """Of the teacher in the masked pass; off, since it added nothing to the labels there
+    (benchmarks/results/context_reconstruction.md)."""
     reconstruction_goal: Literal["teacher", "complement"] = "teacher"
     """Learn from the teacher; or, without one, from the same patch with the opposite holes (7.5).
     """
@@ -91,6 +100,12 @@ class nnUNetTrainerContextReconstruction(TeacherTrainer):
     def initialize(self) -> None:
         """Initialise, and check what the options ask of plan and batch."""
         super().initialize()
+        changed = [n for n in OF_THE_TEACHER if getattr(self, n) != getattr(type(self), n)]
+        if changed and self.reconstruction_weight == 0:
+            raise InputError(
+                f"--set {changed[0]}={getattr(self, changed[0])} changes nothing without a "
+                f"teacher. Add reconstruction_weight={MEASURED_WEIGHT}, or leave it out."
+            )
         if not self._has_few_cases and (self.masked_weight > 0 or self.reconstruction_weight > 0):
             cases = len(self.do_split()[0])
             self.print_to_log_file(

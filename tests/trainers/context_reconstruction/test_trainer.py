@@ -28,8 +28,11 @@ from nnmosaic.trainers.self_disambiguation_context import nnUNetTrainerSelfDisam
 
 Ours = nnUNetTrainerContextReconstruction
 Make = Callable[..., Any]
-FULL_FORM = {"every_k": "1", "few_cases": "1000", "mask_fill": "zero", "mask_min_cells": "6"}
-"""A masked pass in every step, with holes that can be told from the image."""
+FULL_FORM = {
+    "every_k": "1", "few_cases": "1000", "mask_fill": "zero", "mask_min_cells": "6",
+    "reconstruction_weight": "0.5",
+}  # fmt: skip
+"""A masked pass in every step, with a teacher, and with holes that can be told from the image."""
 IMAGE = "imagesTr/case00_0000.nii.gz"
 
 
@@ -429,7 +432,7 @@ def test_a_plain_checkpoint_starts_a_teacher_and_says_so(started: Make) -> None:
     plain = started(cls=nnUNetTrainerMosaic)
     path = f"{plain.output_folder}/checkpoint_latest.pth"
     plain.save_checkpoint(path)
-    trainer = started(begin=False, defaults=True)
+    trainer = started(begin=False, defaults=True, reconstruction_weight="0.5")
     trainer.load_checkpoint(path)
     trainer.on_train_start()
     weights = plain.network.state_dict()
@@ -440,7 +443,7 @@ def test_a_plain_checkpoint_starts_a_teacher_and_says_so(started: Make) -> None:
 
 @pytest.mark.slow
 def test_the_teacher_is_exported_and_predicts(make_trainer: Make, prepared: Path) -> None:
-    options = {"momentum": "mean_teacher"}
+    options = {"momentum": "mean_teacher", "reconstruction_weight": "0.5"}
     trainer = make_trainer(Ours, epochs=1, seed=0, options=options, optimizer="adamw")
     trainer.run_training()
     folder = Path(trainer.output_folder)
@@ -708,8 +711,15 @@ def test_options_that_cannot_work_are_refused(
 
 
 def test_pairs_need_another_sample(make_trainer: Make) -> None:
-    trainer = make_trainer(Ours, batch_size=1, options={"reconstruction_goal": "complement"})
+    options = {"reconstruction_goal": "complement", "reconstruction_weight": "0.5"}
+    trainer = make_trainer(Ours, batch_size=1, options=options)
     with pytest.raises(InputError, match="needs a batch of at least 2"):
+        trainer.initialize()
+
+
+def test_options_of_a_teacher_need_one(make_trainer: Make) -> None:
+    trainer = make_trainer(Ours, options={"reconstruction": "rel_mse"})
+    with pytest.raises(InputError, match=r"reconstruction=rel_mse changes nothing without a teach"):
         trainer.initialize()
 
 
@@ -728,7 +738,8 @@ def test_the_default_is_the_recipe_that_was_chosen(make_trainer: Make) -> None:
     trainer = make_trainer(Ours)
     trainer.initialize()
     assert (trainer.every_k, trainer.mask_fill, trainer.mask_min_cells) == (2, "foreign", 5)
-    assert (trainer.mask_kind, trainer.mask_ratio, trainer.reconstruction) == ("block", 0.4, "kl")
+    assert (trainer.mask_kind, trainer.mask_ratio) == ("block", 0.4)
+    assert trainer.teacher_momentum() is None
     passes = []
     for trainer.iteration in range(4):
         passes.append(len(trainer.further_passes({})))
@@ -739,7 +750,8 @@ def test_the_default_is_the_recipe_that_was_chosen(make_trainer: Make) -> None:
 def test_there_is_no_masked_pass_with_more_than_few_training_cases(
     make_trainer: Make, few: str, expected: list[int]
 ) -> None:
-    trainer = make_trainer(Ours, options={"few_cases": few})
+    options = {"few_cases": few, "reconstruction_weight": "0.5"}
+    trainer = make_trainer(Ours, options=options)
     trainer.initialize()
     assert len(trainer.do_split()[0]) == 4
     passes = []
@@ -775,7 +787,8 @@ for batch_dice, options in ((True, {}), (False, {}), (False, LOGITS)):
         trainer.request_settings(RunSettings(
             seed=5, epochs=1,
             options={"reconstruction_ramp": "0", "momentum_warmup": "0.9", "every_k": "1",
-                     "mask_fill": "zero", "mask_min_cells": "6", **options}))
+                     "mask_fill": "zero", "mask_min_cells": "6", "reconstruction_weight": "0.5",
+                     **options}))
         trainer.initialize()
     mine = slice(rank * 2, rank * 2 + 2) if world > 1 else slice(0, 4)
     if world > 1:
