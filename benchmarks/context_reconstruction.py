@@ -150,7 +150,8 @@ CONFIRMED = {PLAIN_ROW, PLAIN_EQUAL, TEACHER_ROW, CHOSEN_ROW}
 AGAINST = {PLAIN_ROW: Row(PLAIN), PLAIN_EQUAL: Row(PLAIN, compute=COMPUTE_OF_CHOSEN)}
 DEFAULT_ROWS = {**AGAINST, DEFAULT_ROW: Row(options=DEFAULT)}
 TEACHER_ROWS = {**AGAINST, TEACHER_ROW: Row(options=WITH_TEACHER)}
-LONGER_ROW = f"{TEACHER_ROW}, 5/3 of the steps"
+TEACHER_LONGER_ROW = f"{TEACHER_ROW}, 5/3 of the steps"
+LONGER_ROW = f"{DEFAULT_ROW}, 5/3 of the steps"
 """As many steps as `PLAIN_EQUAL`."""
 SETTINGS = {
     "few4": Setting(
@@ -186,7 +187,8 @@ SETTINGS = {
         {
             **DEFAULT_ROWS,
             **TEACHER_ROWS,
-            LONGER_ROW: Row(options=WITH_TEACHER, compute=COMPUTE_OF_CHOSEN),
+            LONGER_ROW: Row(options=DEFAULT, compute=COMPUTE_OF_CHOSEN),
+            TEACHER_LONGER_ROW: Row(options=WITH_TEACHER, compute=COMPUTE_OF_CHOSEN),
         },
         draws=(3, 4, 5),
     ),
