@@ -93,7 +93,7 @@ def test_order_and_number_of_masks_change_nothing(predictor: Any) -> None:
     forwards = predictor._internal_get_sliding_window_slicers
     predictor._internal_get_sliding_window_slicers = lambda size: forwards(size)[::-1]
     for name, logits in all_masks(predictor, image, raters=("all",), samples=3).items():
-        torch.testing.assert_close(logits, many[name], rtol=1e-2, atol=2e-3)  # half precision
+        torch.testing.assert_close(logits, many[name], rtol=1e-2, atol=5e-3)  # half precision
 
 
 def test_folds_share_the_samples_and_average_the_raters(predictor: Any) -> None:
