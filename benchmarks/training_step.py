@@ -55,7 +55,10 @@ VARIANTS: Mapping[str, Variant | None] = {
         CONTEXT,
         {**FULL_FORM, "masked_fraction": "0.5"},
     ),
-    "self-disambiguation and context": (f"{SELF_DISAMBIGUATION}Context", FEW_CASES),
+    "self-disambiguation and context, with teacher": (
+        f"{SELF_DISAMBIGUATION}Context",
+        {**FEW_CASES, **TEACHER},
+    ),
 }
 
 
@@ -105,7 +108,7 @@ def report(steps: Mapping[str, Any], peaks: Mapping[str, Any]) -> str:
             f"{median(memory[name]):.3f}",
             f"{median(memory[name]) / median(memory[PLAIN]):.3f}",
         ]
-        for name in VARIANTS
+        for name in times
     ]
     header = ["variant", "step, median s", "ratio", "peak memory, GB", "ratio"]
     return (
