@@ -78,7 +78,7 @@ def unchanged(plans: dict[str, Any], dataset: dict[str, Any]) -> None:
 def started(make_trainer: Make, plans_of: Make) -> Callable[..., Any]:
     """Return a function that makes a small network's trainer, with its teacher, for scripts.
 
-    ``change`` alters plans and dataset.json; further keywords are options, besides `FULL_FORM`
+    ``change`` alters plans and dataset.json; further keywords are options, besides `FULL_FORM`.
     ``inputs`` of the trainer collects what its network is given.
     """
 
@@ -740,7 +740,7 @@ def test_the_default_is_the_recipe_that_was_chosen(make_trainer: Make) -> None:
     trainer = make_trainer(Ours)
     trainer.initialize()
     assert (trainer.every_k, trainer.mask_fill, trainer.mask_min_cells) == (2, "foreign", 5)
-    assert (trainer.mask_kind, trainer.mask_ratio) == ("block", 0.4)
+    assert (trainer.mask_kind, trainer.mask_ratio, trainer.reconstruction) == ("block", 0.4, "kl")
     assert trainer.teacher_momentum() is None
     passes = []
     for trainer.iteration in range(4):
