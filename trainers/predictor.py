@@ -14,6 +14,7 @@ from torch import Tensor
 from nnmosaic.data_conversion.atomic_write import read_json
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.trainers.checkpoint import read_checkpoint
+from nnmosaic.trainers.heap import keep_freed_memory
 from nnmosaic.trainers.lookup import trainer_class
 
 
@@ -82,6 +83,8 @@ def load_predictor(
     plans = PlansManager(read_json(model / "plans.json"))
     dataset_json = read_json(model / "dataset.json")
     configuration = plans.get_configuration(content["init_args"]["configuration"])
+    if device.type == "cpu":
+        keep_freed_memory()
     network = _network(content["trainer_name"], plans, configuration, dataset_json)
     # nnU-Net's own trainers do not say.
     predictor_class = getattr(

@@ -19,6 +19,7 @@ from nnmosaic.data_conversion.atomic_write import replacing
 from nnmosaic.data_conversion.dataset_json import DatasetJson, parse_dataset_json
 from nnmosaic.planners.plans_section import RunSettings, read_section
 from nnmosaic.trainers.checkpoint import EXTRA, read_checkpoint
+from nnmosaic.trainers.heap import keep_freed_memory
 from nnmosaic.trainers.options import options_of, parse_options
 
 
@@ -96,8 +97,10 @@ class ResumableTrainer(nnUNetTrainer):
         section = read_section(plans)
         self.run_settings: RunSettings = section.run_settings
         self.planned_for_cpu = section.budget.get("device") == "cpu"
-        if self.device.type == "cpu" and "cores" in section.budget:
-            torch.set_num_threads(section.budget["cores"])
+        if self.device.type == "cpu":
+            keep_freed_memory()
+            if "cores" in section.budget:
+                torch.set_num_threads(section.budget["cores"])
         self._seconds_before = 0.0
         self._started: float | None = None
         self._first_epoch = 0

@@ -41,37 +41,31 @@ def reconstruction_loss(
         Take the teacher's size, and count voxels, over all processes; see `average`.
     """
     student, teacher = student.float(), teacher.detach().float()
-    scale = torch.ones((), device=student.device)
     if form in ("kl", "mse_prob"):
-        differences = _of_probabilities(student, teacher, form, temperature, regions=regions)
+        differences = _of_probabilities(student / temperature, teacher / temperature, form, regions)
+        scale = temperature**-2 if form == "kl" else 1
     else:
-        differences = (student - teacher).square().mean(1, keepdim=True)
+        differences = (student - teacher).square()
         scale = _teacher_size(teacher, form, ddp=ddp)
+    channels = differences.shape[1]
     if where is None:
         return differences.mean() / scale
-    return average((differences * where).sum(), where.sum(), ddp=ddp) / scale
+    return average((differences * where).sum() / channels, where.sum(), ddp=ddp) / scale
 
 
 def _of_probabilities(
-    student: Tensor,
-    teacher: Tensor,
-    form: ReconstructionForm,
-    temperature: float,
-    *,
-    regions: bool,
+    student: Tensor, teacher: Tensor, form: ReconstructionForm, regions: bool
 ) -> Tensor:
-    """Return a value per voxel, (B, 1, *spatial)."""
+    """Return a value per voxel, (B, 1, *spatial), or for each channel."""
     if regions:  # each channel is a choice between inside and outside
-        student, teacher = (torch.stack([z, -z]) / temperature for z in (student, teacher))
+        student, teacher = (torch.stack([z, -z], 2) for z in (student, teacher))
         ours, theirs = functional.logsigmoid(student), functional.logsigmoid(teacher)
-        choices = 0
     else:
-        ours, theirs = (torch.log_softmax(z / temperature, 1)[None] for z in (student, teacher))
-        choices = 2
+        ours, theirs = torch.log_softmax(student, 1), torch.log_softmax(teacher, 1)
     if form == "mse_prob":
-        return (ours[0].exp() - theirs[0].exp()).square().mean(1, keepdim=True)
-    divergence = temperature**2 * (theirs.exp() * (theirs - ours)).sum(choices, keepdim=True)
-    return divergence[0].mean(1, keepdim=True)
+        squares = (ours.exp() - theirs.exp()).square()
+        return squares[:, :, 0] if regions else squares
+    return (theirs.exp() * (theirs - ours)).sum(2 if regions else 1, keepdim=not regions)
 
 
 def _teacher_size(teacher: Tensor, form: ReconstructionForm, *, ddp: bool) -> Tensor:
