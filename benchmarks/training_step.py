@@ -10,7 +10,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +30,7 @@ from benchmarks.pipeline import (
 )
 from benchmarks.report import footer, provenance, table, write
 
-MEMORY_STEPS, REPEATS = 6, 3
+ALONE_STEPS, ALONE_WARM_UP, REPEATS = 20, 4, 3
 PLAIN = "plain nnU-Net"
 ENTROPY = {"entropy": "conditional"}
 FEW_CASES = {"few_cases": "100000"}
@@ -39,6 +40,7 @@ TEACHER = {"reconstruction_weight": "0.5"}
 FULL_FORM = {**FEW_CASES, **TEACHER, "every_k": "1"}
 VARIANTS: Mapping[str, Variant | None] = {
     PLAIN: None,
+    "nnUNetTrainerMosaic": ("nnUNetTrainerMosaic", {}),
     "self-disambiguation": (SELF_DISAMBIGUATION, {}),
     "with entropy": (SELF_DISAMBIGUATION, ENTROPY),
     "with entropy and source heads": (SELF_DISAMBIGUATION, {**ENTROPY, "source_heads": "true"}),
@@ -62,32 +64,37 @@ VARIANTS: Mapping[str, Variant | None] = {
 }
 
 
-def peak_gigabytes(work: Path, variant: str) -> float:
-    """Return the peak memory of a process of its own that trains some steps."""
-    command = [sys.executable, "-m", "benchmarks.training_step", "--work", str(work)]
-    command += ["--memory", variant]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return float(json.loads(run.stdout.splitlines()[-1]))
+def measure_alone(work: Path) -> dict[str, list[tuple[float, float]]]:
+    """Return peak memory (GB) and seconds of a step of every variant, several times.
 
-
-def measure_memory(work: Path) -> dict[str, list[float]]:
-    """Return the peak memory of every variant, several times."""
-    memory: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    Each in a process of its own: how memory is allocated is set for a whole process.
+    """
+    command = [sys.executable, "-m", "benchmarks.training_step", "--work", str(work), "--alone"]
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
     for _ in range(REPEATS):
         for name in VARIANTS:
-            memory[name].append(peak_gigabytes(work, name))
-    return memory
+            run = subprocess.run([*command, name], stdout=subprocess.PIPE, text=True, check=True)
+            found[name].append(tuple(json.loads(run.stdout.splitlines()[-1])))
+    return found
 
 
-def train_for_memory(work: Path, variant: str) -> float:
-    """Train some steps and return the peak memory of this process in GB; Linux only."""
+def train_alone(work: Path, variant: str) -> tuple[float, float]:
+    """Train some steps and return the peak memory of this process in GB; Linux only.
+
+    And the median seconds of a pair's step, as in `time_training_step`.
+    """
     trainer = start(make_trainer(work, VARIANTS[variant]))
-    for _ in range(MEMORY_STEPS):
-        trainer.train_step(half_labelled(next(trainer.dataloader_train)))
+    batches = [half_labelled(next(trainer.dataloader_train)) for _ in range(8)]
+    times = []
+    for step in range(0, ALONE_WARM_UP + ALONE_STEPS, 2):
+        begin = time.perf_counter()
+        for i in (step, step + 1):
+            trainer.train_step(batches[i % len(batches)])
+        times.append((time.perf_counter() - begin) / 2)
     # Not getrusage: what that returns includes the parent's memory at the time of the fork.
     status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     (peak,) = (line.split()[1] for line in status if line.startswith("VmHWM"))
-    return int(peak) / 2**20
+    return int(peak) / 2**20, median(times[ALONE_WARM_UP // 2 :])
 
 
 def with_source(path: Path, measure: Callable[[], Any]) -> dict[str, Any]:
@@ -96,29 +103,30 @@ def with_source(path: Path, measure: Callable[[], Any]) -> dict[str, Any]:
     return found
 
 
-def report(steps: Mapping[str, Any], peaks: Mapping[str, Any]) -> str:
+def report(together: Mapping[str, Any], alone: Mapping[str, Any]) -> str:
     """Return the result page."""
-    times: Mapping[str, Sequence[float]] = steps["values"]
-    memory: Mapping[str, Sequence[float]] = peaks["values"]
-    rows = [
-        [
-            name,
-            f"{median(times[name]):.4f}",
-            f"{median(times[name]) / median(times[PLAIN]):.3f}",
-            f"{median(memory[name]):.3f}",
-            f"{median(memory[name]) / median(memory[PLAIN]):.3f}",
-        ]
-        for name in times
+    columns: list[Mapping[str, float]] = [
+        {name: median(values) for name, values in together["values"].items()},
+        *(
+            {name: median(run[i] for run in runs) for name, runs in alone["values"].items()}
+            for i in (1, 0)
+        ),
     ]
-    header = ["variant", "step, median s", "ratio", "peak memory, GB", "ratio"]
+    rows = [
+        [name, *(cell for c in columns for cell in (f"{c[name]:.3f}", f"{c[name] / c[PLAIN]:.3f}"))]
+        for name in columns[0]
+    ]
+    header = ["variant", "step, s", "ratio", "step alone, s", "ratio", "peak memory, GB", "ratio"]
     return (
         "# Time and memory of a training step\n\n"
         "Made by `python -m benchmarks.training_step`: hippocampus, CPU plan, fp32, seed 0; "
-        "self-disambiguation has two half labelled sources. Time: "
-        f"{STEPS} steps per variant on the same batches, in pairs, alternating, ratio of medians. "
-        "Memory: of the whole process, the median of "
-        f"{REPEATS}.\n\n{table(header, rows)}\n\nTimes: {footer(steps['source'])}\n\nMemory: "
-        f"{footer(peaks['source'])}\n"
+        "self-disambiguation has two half labelled sources. Step: "
+        f"{STEPS} steps per variant on the same batches, in pairs, alternating, all in one "
+        "process, where all profit from memory that is kept: what the method costs. Alone: "
+        f"{ALONE_STEPS} steps in a process of its own, where stock nnU-Net does not: what a user "
+        f"waits. Memory: of that process. Both: the median of {REPEATS}, alternating. Ratios of "
+        f"medians.\n\n{table(header, rows)}\n\nTogether: {footer(together['source'])}\n\nAlone: "
+        f"{footer(alone['source'])}\n"
     )
 
 
@@ -127,22 +135,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, default=Path("benchmark_work") / "training_step")
-    parser.add_argument("--memory", choices=tuple(VARIANTS), help="peak memory of one variant")
+    parser.add_argument("--alone", choices=tuple(VARIANTS), help="measure one variant")
     options = parser.parse_args()
     work = options.work.absolute()
-    if options.memory:
+    if options.alone:
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             os.environ[name] = str(work / name)
-        print(json.dumps(train_for_memory(work, options.memory)))
+        print(json.dumps(train_alone(work, options.alone)))
         return
     if options.data is None:
         parser.error("--data is needed: the folder with imagesTr and labelsTr")
     prepare(options.data, work, 1)
     plan_for_cpu(work)
-    steps = with_source(work / "steps.json", lambda: time_training_step(work, VARIANTS))
-    peaks = with_source(work / "memory.json", lambda: measure_memory(work))
-    text = report(steps, peaks)
-    write("training_step", {"seconds": steps, "peak_gb": peaks}, text)
+    together = with_source(work / "together.json", lambda: time_training_step(work, VARIANTS))
+    alone = with_source(work / "alone.json", lambda: measure_alone(work))
+    text = report(together, alone)
+    write("training_step", {"together": together, "alone": alone}, text)
     print(text)
 
 
