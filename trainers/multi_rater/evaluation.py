@@ -92,10 +92,11 @@ def evaluate_raters(
         "identification" (personalised, and two raters in a case): see `rater_identification`.
 
         "samples": their "number", "GED" and the fields of `SetDice`, "variance_ratio", and
-        "dice_soft", for which the share of samples stands for the mean probability unless there
-        are ``CASE.npz``.
+        "dice_soft".
 
-        "calibration" (with ``CASE.npz``): "ECE", "ACE" over all voxels, and "dice_soft".
+        "calibration" (with samples or ``CASE.npz``): "ECE", "ACE" over all voxels, and "dice_soft".
+        Here and there the share of samples stands for the mean probability unless there are
+        ``CASE.npz``.
 
         "between_raters": "FIRST/SECOND" -> mean "Dice" of the two, the ceiling, and "n_cases".
 
@@ -130,7 +131,7 @@ def evaluate_raters(
     if found[0].samples:
         scores = _means([case["samples"] for case in cases])
         summary["samples"] = {"number": len(found[0].samples), **scores}
-    if found[0].probabilities is not None:
+    if found[0].samples or found[0].probabilities is not None:
         summary["calibration"] = _means([case["calibration"] for case in cases])
     return {**summary, "metric_per_case": cases}
 
@@ -230,6 +231,10 @@ def _score_case(files: _Files, dataset: DatasetJson, pool: Executor) -> dict[str
     if files.probabilities is not None:
         shape = (len(dataset.labels), *labels.shape[1:])
         probabilities = _read_probabilities(files.probabilities, shape)
+    elif files.samples:
+        samples = labels[-len(files.samples) :]
+        probabilities = np.stack([(samples == k).mean(0) for k in range(len(dataset.labels))])
+    if probabilities is not None:
         found = calibration(labels[: len(files.raters)], probabilities)
         calibrated = {"ECE": found.expected, "ACE": found.average}
     labels, probabilities = _without_background(labels, probabilities)
@@ -289,7 +294,7 @@ def _score_class(
     annotations, own, samples : ndarray, bool, shape (number, voxels)
         As in `_Files`; there may be no sample.
     probability : ndarray, shape (voxels,), optional
-        Mean over samples.
+        Mean over samples; there is one if there are samples.
     """
     set_of_own = set_dice(annotations, own)
     score: dict[str, Any] = {
@@ -305,9 +310,7 @@ def _score_class(
     if len(samples):
         score["samples"] = {
             "GED": generalised_energy_distance(annotations, samples),
-            "dice_soft": dice_soft(
-                annotations, samples if probability is None else probability[None]
-            ),
+            **score["soft"],
             **asdict(set_dice(annotations, samples)),
             "variance_ratio": variance_ratio(annotations, samples),
         }

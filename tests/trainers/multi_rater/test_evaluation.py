@@ -249,6 +249,19 @@ def test_probabilities_are_calibrated_and_give_the_soft_dice(
     assert "samples" not in again
 
 
+def test_shares_of_samples_stand_for_probabilities(
+    folders: tuple[Path, Path], write: Write
+) -> None:
+    rng = np.random.default_rng(6)
+    drawn = {rater: drawing(rng) for rater in "AB"}
+    samples = [drawing(rng) for _ in range(4)]
+    write("c1", drawn, samples=samples)
+    by_shares = evaluate_raters(*folders, declared())
+    shares = np.stack([(np.stack(samples) == k).mean(0) for k in range(3)])
+    write("c1", drawn, samples=samples, probabilities=shares)
+    assert evaluate_raters(*folders, declared()) == by_shares
+
+
 def test_one_rater_per_case(folders: tuple[Path, Path], write: Write) -> None:
     rng = np.random.default_rng(1)
     distances = []
