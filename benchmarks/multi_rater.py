@@ -306,24 +306,35 @@ class Scored:
     def identified(self, part: str) -> list[str]:
         """Return how often a mask is nearest to its rater, and an annotation to its rater's mask.
 
-        Each with its chance, and what it would be with masks dealt to the wrong raters (95 %).
+        Each with its interval over people, its chance, and what it would be with masks dealt to
+        the wrong raters (95 %).
         """
         from nnmosaic.trainers.multi_rater.set_metrics import rater_identification
 
-        matrices = [
-            np.array(case["Dice_matrix"])
+        cases = [
+            case
             for run in self.runs
             for case in run.get(part, {}).get("metric_per_case", ())
             if "Dice_matrix" in case
         ]
-        if not matrices:
+        if not cases:
             return ["-", "-"]
-        both = [rater_identification(m) for m in (matrices, [m.T for m in matrices])]
-        return [
-            f"{told.score:.2f} (chance {told.chance:.2f}, "
-            f"swapped {told.swapped[0]:.2f} - {told.swapped[1]:.2f})"
-            for told in both
-        ]
+        found = []
+        for transposed in (False, True):
+            matrices = [np.array(case["Dice_matrix"]) for case in cases]
+            matrices = [m.T if transposed else m for m in matrices]
+            told = rater_identification(matrices)
+            scores: dict[str, list[float]] = {}
+            for case, matrix in zip(cases, matrices, strict=True):
+                score = rater_identification([matrix], swaps=1).score
+                scores.setdefault(case["case"], []).append(score)
+            mean = {case: float(np.mean(several)) for case, several in scores.items()}
+            low, high = told.swapped
+            found.append(
+                f"{interval(mean, self.subjects(), digits=2)} (chance {told.chance:.2f}, swapped "
+                f"{low:.2f} - {high:.2f})"
+            )
+        return found
 
     def subjects(self) -> dict[str, str]:
         """Return case -> person."""
@@ -341,7 +352,7 @@ def finished(name: str, row: str, seeds: Sequence[int]) -> Scored:
     return Scored(runs)
 
 
-def interval(values: Mapping[str, float], people: Mapping[str, str]) -> str:
+def interval(values: Mapping[str, float], people: Mapping[str, str], *, digits: int = 4) -> str:
     """Return the mean over cases, and its 95 % bootstrap interval over people."""
     members: dict[str, list[float]] = {}
     for case, value in values.items():
@@ -353,7 +364,9 @@ def interval(values: Mapping[str, float], people: Mapping[str, str]) -> str:
         for _ in range(RESAMPLES)
     ]
     low, high = np.percentile(means, (2.5, 97.5))
-    return f"{np.mean(list(values.values())):.4f} [{low:.4f}, {high:.4f}]"
+    numbers = (np.mean(list(values.values())), low, high)
+    mean, low, high = (f"{number:.{digits}f}" for number in numbers)
+    return f"{mean} [{low}, {high}]"
 
 
 def _against(
@@ -381,6 +394,7 @@ def setting_tables(name: str, seeds: Sequence[int]) -> str:
                 for key in ("dice_soft", "max_of_annotations", "match", "variance_ratio")
             ]
             change = "-" if found.runs == reference.runs else _against(own, ged, people)
+            others.append(interval(found.values("diversified", "calibration", "ECE"), people))
             samples.append([row, interval(own, people), change, *others, runs])
         for part in ("personalised", "one mask", "morphology"):
             own = found.values(part, "raters", "Dice")
@@ -390,7 +404,7 @@ def setting_tables(name: str, seeds: Sequence[int]) -> str:
                 masks.append([title, interval(own, people), change, *found.identified(part), runs])
     against = "ours" if setting.reference == name else "ours, complete"
     header = ["samples of the first stage", "GED", f"minus that of {against}", "Dice_soft",
-              "Dice_max", "Dice_match", "variance ratio", "runs"]  # fmt: skip
+              "Dice_max", "Dice_match", "variance ratio", "ECE", "runs"]  # fmt: skip
     second = ["masks of raters", "Dice_mean, strict", f"minus that of {against}",
               "masks nearest to their rater", "raters nearest to their mask", "runs"]  # fmt: skip
     return f"## {setting.title}\n\n{table(header, samples)}\n\n{table(second, masks)}"

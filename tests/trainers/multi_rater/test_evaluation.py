@@ -255,11 +255,13 @@ def test_shares_of_samples_stand_for_probabilities(
     rng = np.random.default_rng(6)
     drawn = {rater: drawing(rng) for rater in "AB"}
     samples = [drawing(rng) for _ in range(4)]
-    write("c1", drawn, samples=samples)
+    write("c1", drawn, samples=samples, fused=samples[0])
     by_shares = evaluate_raters(*folders, declared())
     shares = np.stack([(np.stack(samples) == k).mean(0) for k in range(3)])
-    write("c1", drawn, samples=samples, probabilities=shares)
-    assert evaluate_raters(*folders, declared()) == by_shares
+    write("c1", drawn, samples=samples, fused=samples[0], probabilities=shares)
+    by_probabilities = evaluate_raters(*folders, declared())
+    for part in ("samples", "calibration"):
+        assert by_probabilities[part] == by_shares[part]
 
 
 def test_one_rater_per_case(folders: tuple[Path, Path], write: Write) -> None:
