@@ -98,17 +98,17 @@ MISSING = {"complete": 0.0, "half": 0.5, "quarter": 0.75}
 SETTINGS = {
     "chase": Setting(
         "CHASE_DB1: retinal vessels, 2 observers", "Dataset641_Chase", CHASE, PHOTO_ROWS,
-        PHOTO_FOLDS, (20, 6, 4), "chase",
+        PHOTO_FOLDS, (20, 20, 8), "chase",
     ),
     "bubil": Setting(
         "BU-BIL 1: cells, 4 people x 2 tools", "Dataset642_Bubil", BUBIL, PHOTO_ROWS,
-        PHOTO_FOLDS, (20, 6, 4), "bubil",
+        PHOTO_FOLDS, (20, 20, 8), "bubil",
     ),
     **{
         name: Setting(
             f"Hippocampus, 3 simulated raters, {missing:.0%} of the annotations missing",
             f"Dataset65{i}_{name.capitalize()}", SimulatedRaters(missing), VOLUME_ROWS,
-            1, (32, 10, 6), "complete",
+            1, (32, 24, 8), "complete",
         )
         for i, (name, missing) in enumerate(MISSING.items())
     },
