@@ -137,9 +137,9 @@ class Combiner(nn.Module):
         self.rest = nn.Sequential(
             nn.LeakyReLU(),
             conv_op(width, width, 1),
-            nn.LeakyReLU(inplace=True),
+            nn.LeakyReLU(),
             conv_op(width, width, 1),
-            nn.LeakyReLU(inplace=True),
+            nn.LeakyReLU(),
             conv_op(width, classes, 1, bias=False),  # it would cancel out
         )
         for module in (self.of_features, self.of_code, *self.rest):
@@ -169,15 +169,28 @@ class Combiner(nn.Module):
         return torch.stack([centre + f(inside, one) for one in codes])
 
     def _f(self, inside: Tensor, codes: Tensor) -> Tensor:
-        shift = self.of_code(codes)
-        found: Tensor = self.rest(inside + shift.view(*shift.shape, *[1] * (inside.dim() - 2)))
-        return found
+        """Return f of (B, width, *spatial) and codes (B, latent), as products of matrices.
+
+        On one core a convolution of single voxels takes a fifth longer.
+        """
+        x = inside.flatten(2) + self.of_code(codes)[:, :, None]
+        for layer in self.rest:
+            if isinstance(layer, nn.LeakyReLU):
+                x = functional.leaky_relu_(x, layer.negative_slope)
+                continue
+            weight = layer.weight.flatten(1).expand(len(x), -1, -1)
+            x = (
+                torch.bmm(weight, x)
+                if layer.bias is None
+                else torch.baddbmm(layer.bias[:, None], weight, x)
+            )
+        return x.unflatten(2, inside.shape[2:])
 
     def f_of_case(self, inside: Tensor, code: Tensor) -> Tensor:
         """Return f(features, code) for a whole case, on the device of the weights.
 
-        The same as in `forward`, as products of matrices of few voxels each: they stay in the
-        cache, and memory holds little more than the result.
+        The same as in `forward`, a few voxels at a time: they stay in the cache, and memory holds
+        little more than the result.
 
         Parameters
         ----------
@@ -189,21 +202,13 @@ class Combiner(nn.Module):
         -------
         Tensor, shape (C, *spatial), single precision
         """
-        weight = self.of_code.weight
-        shift = self.of_code(code.to(weight.device))[:, None]
+        device = self.of_code.weight.device
+        codes = code[None].to(device)
         voxels = inside.flatten(1)
         found = []
         for first in range(0, voxels.shape[1], VOXELS_AT_ONCE):
-            chosen = voxels[:, first : first + VOXELS_AT_ONCE].to(weight.device).float()
-            x = chosen + shift
-            for layer in self.rest:
-                if isinstance(layer, nn.LeakyReLU):
-                    x = functional.leaky_relu_(x, layer.negative_slope)
-                else:
-                    x = layer.weight.flatten(1) @ x
-                    if layer.bias is not None:
-                        x += layer.bias[:, None]
-            found.append(x)
+            chosen = voxels[None, :, first : first + VOXELS_AT_ONCE].to(device).float()
+            found.append(self._f(chosen, codes)[0])
         return torch.cat(found, 1).unflatten(1, inside.shape[1:])
 
 
