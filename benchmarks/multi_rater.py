@@ -43,9 +43,11 @@ RADII = range(-4, 5)
 PLAIN = "nnUNetTrainerMosaic"
 FIRST, SECOND = "nnUNetTrainerMultiRaterDiversified", "nnUNetTrainerMultiRaterPersonalized"
 OPTIONS = {
-    "probabilistic U-Net": {"bound_weight": "0", "energy_weight": "0"},
-    "losses as released": {"kl_weight": "1", "posterior": "all", "energy_weight": "0"},
-}
+    "probabilistic U-Net": {"bound_weight": "0", "energy_weight": "0", "mean_weight": "0"},
+    "losses as released": {
+        "kl_weight": "1", "posterior": "all", "energy_weight": "0", "mean_weight": "0",
+    },
+}  # fmt: skip
 """Of first stages other than ours."""
 PROBABILISTIC, RELEASED = OPTIONS
 OURS, FUSED = "ours", "fused nnU-Net"

@@ -34,12 +34,14 @@ class nnUNetTrainerMultiRaterDiversified(MultiRaterTrainer):
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
-        "kl_weight", "bound_weight", "bound_cross_entropy", "energy_weight", "posterior",
-        "rater_draw",
+        "kl_weight", "mean_weight", "bound_weight", "bound_cross_entropy", "energy_weight",
+        "posterior", "rater_draw",
     )  # fmt: skip
 
     kl_weight: float = 0.01
     """Of the divergence of the posterior from the prior; the other terms are means over voxels."""
+    mean_weight: float = 1.0
+    """Of the fused labels in the mean opinion, which is what nnU-Net's tools predict."""
     bound_weight: float = 0.5
     """Of the union and intersection of the raters; without it and the energy, it is a probabilistic
     U-Net."""
@@ -81,6 +83,10 @@ class nnUNetTrainerMultiRaterDiversified(MultiRaterTrainer):
             "segmentation": self.segmentation_loss(found.logits, drawn, batch),
             "kl": self.kl_weight * distance,
         }
+        if self.mean_weight:
+            fused = of_raters(batch["target"], torch.zeros_like(raters))
+            loss = self.segmentation_loss(found.mean, fused, batch)
+            terms["mean"] = self.mean_weight * loss
         probabilities = found.samples.softmax(2)
         if self.bound_weight:
             terms["bound"] = self.bound_weight * bound_loss(

@@ -48,11 +48,14 @@ class Diversified(NamedTuple):
         With the posterior's code: (B, C, *spatial), with deep supervision every resolution.
     samples : Tensor, shape (M, B, C, *spatial)
         Logits with codes from the prior.
+    mean : Tensor or list of Tensor
+        With the prior's mean code, as ``logits``.
     posterior, prior : Gaussian
     """
 
     logits: Tensor | list[Tensor]
     samples: Tensor
+    mean: Tensor | list[Tensor]
     posterior: Gaussian
     prior: Gaussian
 
@@ -391,9 +394,13 @@ class MultiRaterNet(nn.Module):
             return Diversified(
                 self.logits(features, posterior.sample(noise[0]), prior.mean),
                 self.decoder.seg_layers[-1](features[0], prior.sample(noise[1:]), prior.mean),
+                self._mean_opinion(features),
                 posterior,
                 prior,
             )
+        return self._mean_opinion(features)
+
+    def _mean_opinion(self, features: Sequence[Tensor]) -> Tensor | list[Tensor]:
         return self._at_each(features, lambda layer, level: layer.plain(level))
 
     def queries(self, features: Tensor) -> Tensor:

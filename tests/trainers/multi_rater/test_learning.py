@@ -104,7 +104,8 @@ def test_discs(make_trainer: Callable[..., Any], seed: int, pretrained: bool) ->
         weights = Path(plain.output_folder) / "plain.pth"
         plain.save_checkpoint(str(weights))
     first = untrained(nnUNetTrainerMultiRaterDiversified, weights)
-    peer = untrained(nnUNetTrainerMultiRaterDiversified, bound_weight="0", energy_weight="0")
+    of_peer = dict.fromkeys(("bound_weight", "energy_weight", "mean_weight"), "0")
+    peer = untrained(nnUNetTrainerMultiRaterDiversified, **of_peer)
     for trainer in (first, peer):
         learn(trainer, seed)
     ours, probabilistic = (mean_ged(t.network, images, labels) for t in (first, peer))

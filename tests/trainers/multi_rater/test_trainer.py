@@ -71,16 +71,16 @@ def test_a_step_of_the_first_stage_has_all_terms(first: Any) -> None:
     batch = next(first.dataloader_train)
     assert batch["target"][0].shape[1] == 4
     terms = first.train_step(batch)
-    assert set(terms) == {"loss", "segmentation", "kl", "bound", "energy"}
+    assert set(terms) == {"loss", "segmentation", "kl", "mean", "bound", "energy"}
     assert terms["loss"] == pytest.approx(sum(v for k, v in terms.items() if k != "loss"))
     assert not any(p.requires_grad for p in first.network.heads.parameters())
     first.bound_cross_entropy, first.rater_draw = 1.0, "balanced"
     assert first.train_step(batch)["bound"] > 0
     first.bound_weight = 0.0
-    assert set(first.train_step(batch)) == {"loss", "segmentation", "kl", "energy"}
+    assert set(first.train_step(batch)) == {"loss", "segmentation", "kl", "mean", "energy"}
     first.energy_weight = 0.0
     first.posterior = "all"
-    assert set(first.train_step(batch)) == {"loss", "segmentation", "kl"}
+    assert set(first.train_step(batch)) == {"loss", "segmentation", "kl", "mean"}
 
 
 def test_what_stands_where_a_rater_is_absent_changes_nothing(first: Any, second: Any) -> None:
