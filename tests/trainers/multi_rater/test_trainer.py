@@ -83,6 +83,17 @@ def test_a_step_of_the_first_stage_has_all_terms(first: Any) -> None:
     assert set(first.train_step(batch)) == {"loss", "segmentation", "kl", "mean"}
 
 
+def test_the_mean_opinion_learns_the_fused_labels(first: Any) -> None:
+    batch = next(first.dataloader_train)
+    first.mean_weight = 2.0
+    terms, _ = first._terms(batch)
+    answer = first.network(batch["data"])
+    loss = first.loss(answer, [level[:, :1] for level in batch["target"]])
+    torch.testing.assert_close(terms["mean"], 2 * loss)
+    first.mean_weight = 0.0
+    assert "mean" not in first._terms(batch)[0]
+
+
 def test_what_stands_where_a_rater_is_absent_changes_nothing(first: Any, second: Any) -> None:
     for trainer in (first, second):
         batch, available = batch_with_an_absent_rater(trainer)
