@@ -43,9 +43,9 @@ RADII = range(-4, 5)
 PLAIN = "nnUNetTrainerMosaic"
 FIRST, SECOND = "nnUNetTrainerMultiRaterDiversified", "nnUNetTrainerMultiRaterPersonalized"
 OPTIONS = {
-    "probabilistic U-Net": {"bound_weight": "0", "energy_weight": "0", "mean_weight": "0"},
+    "probabilistic U-Net": {"bound_weight": "0", "energy_weight": "0", "mean_opinion_weight": "0"},
     "losses as released": {
-        "kl_weight": "1", "posterior": "all", "energy_weight": "0", "mean_weight": "0",
+        "kl_weight": "1", "posterior": "all", "energy_weight": "0", "mean_opinion_weight": "0",
     },
 }  # fmt: skip
 """Of first stages other than ours."""
@@ -328,6 +328,8 @@ class Scored:
             told = rater_identification(matrices)
             scores: dict[str, list[float]] = {}
             for case, matrix in zip(cases, matrices, strict=True):
+                if len(matrix) < 2:
+                    continue
                 score = rater_identification([matrix], swaps=1).score
                 scores.setdefault(case["case"], []).append(score)
             mean = {case: float(np.mean(several)) for case, several in scores.items()}
@@ -457,8 +459,9 @@ def main() -> None:
         "those for single raters together, take as many steps as all three. 10 samples. "
         "Intervals: 95 %, "
         "bootstrap over people, of the mean over seeds. Variance ratio: that of the samples over "
-        "that of the raters. Fused: the majority, ties as the first rater. Strict: the mask of a "
-        "rater against this rater only; a model with one mask is held against each. Nearest: the "
+        "that of the raters. ECE: of the share of samples, against every rater. Fused: the "
+        "majority, ties as the first rater. Strict: the mask of a rater against this rater only; a "
+        "model with one mask is held against each. Nearest: the "
         "share of masks whose Dice is highest with their own rater, and of annotations with their "
         "own rater's mask; "
         f"swapped: with masks dealt to the wrong raters, 95 %.\n\n{tables}\n\n"

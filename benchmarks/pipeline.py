@@ -305,7 +305,8 @@ def report(rows: list[dict[str, Any]], differing: float, source: Mapping[str, An
         f"{table(header, cells)}\n\n"
         "Preprocessed arrays were compared and are equal. Predicted label maps differ in "
         f"{differing:.2e} of the voxels. Networks: {len(FOLDS)} untrained folds of the CPU plan "
-        "(seeds 0 to 4); steps: seed 0, half of the labels undeclared.\n\n"
+        "(seeds 0 to 4); steps: seed 0, half of the labels undeclared, both in one "
+        "process, where both profit from memory that is kept.\n\n"
         f"{footer(source)}\n"
     )
 

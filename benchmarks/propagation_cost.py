@@ -9,11 +9,10 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.report import footer, provenance, table, write
+from benchmarks.report import footer, peak_gigabytes, provenance, table, write
 
 SHAPE = (32, 256, 256)
 CLASSES = 5
@@ -101,15 +100,9 @@ def working_memory(slices: int) -> float:
     predictor.allowed_mirroring_axes = None
     predictor.configuration_manager = argparse.Namespace(patch_size=SHAPE[1:])
     image = torch.randn(1, slices, *SHAPE[1:])
-    before = _peak_gigabytes()
+    before = peak_gigabytes()
     logits = predictor.predict_sliding_window_return_logits(image)
-    return _peak_gigabytes() - before - logits.numel() * logits.element_size() / 2**30
-
-
-def _peak_gigabytes() -> float:
-    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (peak,) = (line.split()[1] for line in status if line.startswith("VmHWM"))
-    return int(peak) / 2**20
+    return peak_gigabytes() - before - logits.numel() * logits.element_size() / 2**30
 
 
 def main() -> None:

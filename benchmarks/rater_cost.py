@@ -18,9 +18,10 @@ from typing import Any
 
 from benchmarks.grid import use_workspace
 from benchmarks.multi_rater import FIRST, SECOND, SETTINGS
-from benchmarks.report import footer, provenance, table, write
+from benchmarks.report import footer, peak_gigabytes, provenance, table, write
 from nnmosaic.data_conversion.atomic_write import read_json
 from nnmosaic.planners.plans_section import rater_plan
+from nnmosaic.trainers.heap import keep_freed_memory
 
 MEASURED = ("chase", "bubil", "complete")
 REPEATS, SAMPLES = 3, 16
@@ -60,12 +61,6 @@ def _network(trainer: str, plan: Any, *, deep_supervision: bool) -> Any:
     )  # fmt: skip
 
 
-def _peak_gigabytes() -> float:
-    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (peak,) = (line.split()[1] for line in status if line.startswith("VmHWM"))
-    return int(peak) / 2**20
-
-
 def step_once(work: Path, setting: str, stage: str, factor: int) -> dict[str, float]:
     """Return seconds (median) and memory (GB, of the steps alone) of passes there and back."""
     import torch
@@ -81,7 +76,7 @@ def step_once(work: Path, setting: str, stage: str, factor: int) -> dict[str, fl
     drawn = torch.randint(classes, (*shape, *data.shape[2:]))
     available = torch.ones(shape, dtype=torch.bool)
     samples = section.prior_samples if data.dim() == 4 else section.prior_samples_3d
-    seconds, before = [], _peak_gigabytes()
+    seconds, before = [], peak_gigabytes()
     for _ in range(STEPS):
         start = time.perf_counter()
         if stage == "first stage":
@@ -90,14 +85,14 @@ def step_once(work: Path, setting: str, stage: str, factor: int) -> dict[str, fl
             found = network(data, annotated=annotated, noise=noise)
             probabilities = found.samples.softmax(2)
             terms = [f(probabilities, drawn, available) for f in (bound_loss, energy_set_loss)]
-            answers = [*found.logits, *found.prior, *found.posterior, *terms]
+            answers = [*found.logits, *found.mean_opinion, *found.prior, *found.posterior, *terms]
         elif stage == "second stage":
             answers = [network(data, of_raters=True)]
         else:
             answers = network(data)
         sum(answer.square().sum() for answer in answers).backward()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": median(seconds), "gigabytes": _peak_gigabytes() - before}
+    return {"seconds": median(seconds), "gigabytes": peak_gigabytes() - before}
 
 
 def predict_once(work: Path, setting: str, what: str, factor: int) -> dict[str, float]:
@@ -142,7 +137,7 @@ def predict_once(work: Path, setting: str, what: str, factor: int) -> dict[str, 
                     writer.add(kind, name, one)
                 writer.finish(raters.latents)
             seconds = time.perf_counter() - start
-    return {"seconds": seconds, "gigabytes": _peak_gigabytes()}
+    return {"seconds": seconds, "gigabytes": peak_gigabytes()}
 
 
 def measure(work: Path, setting: str, plan: str, kinds: Sequence[str]) -> dict[str, Any]:
@@ -186,6 +181,7 @@ def main() -> None:
     work = options.work.resolve()
     use_workspace(work)
     if options.predict or options.step:
+        keep_freed_memory()
         once = predict_once if options.predict else step_once
         setting, what, factor = options.predict or options.step
         print(json.dumps(once(work, setting, what, int(factor))))

@@ -26,6 +26,14 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def peak_gigabytes() -> float:
+    """Return the peak memory of this process; Linux only."""
+    # Not getrusage: what that returns includes the parent's memory at the time of the fork.
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (peak,) = (line.split()[1] for line in status if line.startswith("VmHWM"))
+    return int(peak) / 2**20
+
+
 def write(name: str, content: Mapping[str, Any], markdown: str) -> None:
     """Write ``results/NAME.json`` and ``results/NAME.md``."""
     RESULTS.mkdir(exist_ok=True)

@@ -28,7 +28,7 @@ from benchmarks.pipeline import (
     start,
     time_training_step,
 )
-from benchmarks.report import footer, provenance, table, write
+from benchmarks.report import footer, peak_gigabytes, provenance, table, write
 
 ALONE_STEPS, ALONE_WARM_UP, REPEATS = 20, 4, 3
 PLAIN = "plain nnU-Net"
@@ -64,25 +64,22 @@ VARIANTS: Mapping[str, Variant | None] = {
 }
 
 
-def measure_alone(work: Path) -> dict[str, list[tuple[float, float]]]:
+def measure_alone(work: Path) -> dict[str, list[dict[str, float]]]:
     """Return peak memory (GB) and seconds of a step of every variant, several times.
 
     Each in a process of its own: how memory is allocated is set for a whole process.
     """
     command = [sys.executable, "-m", "benchmarks.training_step", "--work", str(work), "--alone"]
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     for _ in range(REPEATS):
         for name in VARIANTS:
             run = subprocess.run([*command, name], stdout=subprocess.PIPE, text=True, check=True)
-            found[name].append(tuple(json.loads(run.stdout.splitlines()[-1])))
+            found[name].append(json.loads(run.stdout.splitlines()[-1]))
     return found
 
 
-def train_alone(work: Path, variant: str) -> tuple[float, float]:
-    """Train some steps and return the peak memory of this process in GB; Linux only.
-
-    And the median seconds of a pair's step, as in `time_training_step`.
-    """
+def train_alone(work: Path, variant: str) -> dict[str, float]:
+    """Return the median seconds of a step, and the peak memory of this process (GB); Linux only."""
     trainer = start(make_trainer(work, VARIANTS[variant]))
     batches = [half_labelled(next(trainer.dataloader_train)) for _ in range(8)]
     times = []
@@ -91,10 +88,7 @@ def train_alone(work: Path, variant: str) -> tuple[float, float]:
         for i in (step, step + 1):
             trainer.train_step(batches[i % len(batches)])
         times.append((time.perf_counter() - begin) / 2)
-    # Not getrusage: what that returns includes the parent's memory at the time of the fork.
-    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (peak,) = (line.split()[1] for line in status if line.startswith("VmHWM"))
-    return int(peak) / 2**20, median(times[ALONE_WARM_UP // 2 :])
+    return {"seconds": median(times[ALONE_WARM_UP // 2 :]), "gigabytes": peak_gigabytes()}
 
 
 def with_source(path: Path, measure: Callable[[], Any]) -> dict[str, Any]:
@@ -108,8 +102,8 @@ def report(together: Mapping[str, Any], alone: Mapping[str, Any]) -> str:
     columns: list[Mapping[str, float]] = [
         {name: median(values) for name, values in together["values"].items()},
         *(
-            {name: median(run[i] for run in runs) for name, runs in alone["values"].items()}
-            for i in (1, 0)
+            {name: median(run[key] for run in runs) for name, runs in alone["values"].items()}
+            for key in ("seconds", "gigabytes")
         ),
     ]
     rows = [

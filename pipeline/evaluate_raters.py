@@ -89,7 +89,8 @@ def _remarks(summary: dict[str, Any]) -> list[str]:
     if "calibration" in summary:
         names = {"ECE": "ECE", "ACE": "ACE", "dice_soft": "soft Dice"}
         scores = [f"{name} {summary['calibration'][key]:.3f}" for key, name in names.items()]
-        remarks.append(f"Mean probability: {', '.join(scores)}")
+        kind = summary["calibration"]["of"].capitalize()
+        remarks.append(f"{kind}: {', '.join(scores)}")
     if summary["not_predicted"]:
         remarks.append(f"Annotated, but not predicted: {len(summary['not_predicted'])} cases")
     return remarks

@@ -61,7 +61,7 @@ def test_raters_and_samples_are_printed(
     )
     assert "Annotated, but not predicted: 1 cases" in out
     # Rows 0 to 2 are predicted with 2/3, and so many of their six annotations agree.
-    assert "Mean probability: ECE 0.000, ACE 0.000, soft Dice 0.600" in out
+    assert "Share of samples: ECE 0.000, ACE 0.000, soft Dice 0.600" in out
     # d(small, large) = 2/3, d(., nothing) = 1. Across: (2/3 + 2/3 + 1 + 1) / 6 = 5/9; within the
     # raters 1/3; within the samples 2 (2/3 + 1 + 1) / 9 = 16/27. GED 10/9 - 9/27 - 16/27 = 5/27.
     # Soft Dice: 2/3 of the samples show row 0, 1/3 rows 1 and 2; annotations 1 and 1/2. Only above

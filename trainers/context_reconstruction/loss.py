@@ -1,6 +1,6 @@
 """Agreement of the masked student with its teacher (context_reconstruction.md, 5.3)."""
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -42,19 +42,21 @@ def reconstruction_loss(
     """
     student, teacher = student.float(), teacher.detach().float()
     if form in ("kl", "mse_prob"):
-        differences = _of_probabilities(student / temperature, teacher / temperature, form, regions)
-        scale = temperature**-2 if form == "kl" else 1
+        differences = _of_probabilities(
+            student / temperature, teacher / temperature, form, regions=regions
+        )
+        factor: Any = temperature**2 if form == "kl" else 1
     else:
         differences = (student - teacher).square()
-        scale = _teacher_size(teacher, form, ddp=ddp)
+        factor = 1 / _teacher_size(teacher, form, ddp=ddp)
     channels = differences.shape[1]
     if where is None:
-        return differences.mean() / scale
-    return average((differences * where).sum() / channels, where.sum(), ddp=ddp) / scale
+        return factor * differences.mean()
+    return factor * average((differences * where).sum() / channels, where.sum(), ddp=ddp)
 
 
 def _of_probabilities(
-    student: Tensor, teacher: Tensor, form: ReconstructionForm, regions: bool
+    student: Tensor, teacher: Tensor, form: ReconstructionForm, *, regions: bool
 ) -> Tensor:
     """Return a value per voxel, (B, 1, *spatial), or for each channel."""
     if regions:  # each channel is a choice between inside and outside

@@ -137,8 +137,7 @@ def _draw_cells(
 def to_voxels(cells: Tensor, block: Sequence[int]) -> Tensor:
     """Return a mask of cells, (B, *grid), as one of voxels, (B, 1, *spatial)."""
     samples, *grid = cells.shape
-    for axis in range(len(grid)):
-        cells = cells.unsqueeze(2 * axis + 2)
+    cells = cells.reshape(samples, *(n for size in grid for n in (size, 1)))
     sizes = [n for pair in zip(grid, block, strict=True) for n in pair]
     voxels = [n * size for n, size in zip(grid, block, strict=True)]
     return cells.expand(samples, *sizes).reshape(samples, 1, *voxels)

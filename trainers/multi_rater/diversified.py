@@ -30,21 +30,22 @@ class nnUNetTrainerMultiRaterDiversified(MultiRaterTrainer):
     It trains for 200 epochs (7.5), unless told otherwise, and without the released code's penalty
     on weights beside nnU-Net's weight decay. Three defaults differ from the released code, where
     the divergence drops to 0 within an epoch and the code says nothing of who drew a mask: a
-    smaller `kl_weight`, a `posterior` that sees the mask to be learnt, and the `energy_weight`.
+    smaller `kl_weight`, a `posterior` that sees the mask to be learnt, and the `energy_weight`. It
+    has no `mean_opinion_weight`, which keeps the mean opinion a good nnU-Net.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
-        "kl_weight", "mean_weight", "bound_weight", "bound_cross_entropy", "energy_weight",
+        "kl_weight", "mean_opinion_weight", "bound_weight", "bound_cross_entropy", "energy_weight",
         "posterior", "rater_draw",
     )  # fmt: skip
 
     kl_weight: float = 0.01
     """Of the divergence of the posterior from the prior; the other terms are means over voxels."""
-    mean_weight: float = 1.0
+    mean_opinion_weight: float = 1.0
     """Of the fused labels in the mean opinion, which is what nnU-Net's tools predict."""
     bound_weight: float = 0.5
-    """Of the union and intersection of the raters; without it and the energy, it is a probabilistic
-    U-Net."""
+    """Of the union and intersection of the raters; without it, the energy and the mean opinion,
+    it is a probabilistic U-Net."""
     bound_cross_entropy: float = 0.0
     """Weight of cross-entropy beside Dice in the bound; 1 is advised for small lesions."""
     energy_weight: float = 1.0
@@ -83,10 +84,10 @@ class nnUNetTrainerMultiRaterDiversified(MultiRaterTrainer):
             "segmentation": self.segmentation_loss(found.logits, drawn, batch),
             "kl": self.kl_weight * distance,
         }
-        if self.mean_weight:
+        if self.mean_opinion_weight:
             fused = of_raters(batch["target"], torch.zeros_like(raters))
-            loss = self.segmentation_loss(found.mean, fused, batch)
-            terms["mean"] = self.mean_weight * loss
+            loss = self.segmentation_loss(found.mean_opinion, fused, batch)
+            terms["mean_opinion"] = self.mean_opinion_weight * loss
         probabilities = found.samples.softmax(2)
         if self.bound_weight:
             terms["bound"] = self.bound_weight * bound_loss(

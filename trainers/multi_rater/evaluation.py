@@ -94,9 +94,9 @@ def evaluate_raters(
         "samples": their "number", "GED" and the fields of `SetDice`, "variance_ratio", and
         "dice_soft".
 
-        "calibration" (with samples or ``CASE.npz``): "ECE", "ACE" over all voxels, and "dice_soft".
-        Here and there the share of samples stands for the mean probability unless there are
-        ``CASE.npz``.
+        "calibration" (with samples or ``CASE.npz``): "ECE", "ACE" over all voxels, "dice_soft", and
+        "of": "mean probability", or "share of samples" where there are no ``CASE.npz``; that is
+        what "dice_soft" above is of, too.
 
         "between_raters": "FIRST/SECOND" -> mean "Dice" of the two, the ceiling, and "n_cases".
 
@@ -132,7 +132,9 @@ def evaluate_raters(
         scores = _means([case["samples"] for case in cases])
         summary["samples"] = {"number": len(found[0].samples), **scores}
     if found[0].samples or found[0].probabilities is not None:
-        summary["calibration"] = _means([case["calibration"] for case in cases])
+        kind = "share of samples" if found[0].probabilities is None else "mean probability"
+        scores = _means([case["calibration"] for case in cases])
+        summary["calibration"] = {"of": kind, **scores}
     return {**summary, "metric_per_case": cases}
 
 
@@ -233,7 +235,9 @@ def _score_case(files: _Files, dataset: DatasetJson, pool: Executor) -> dict[str
         probabilities = _read_probabilities(files.probabilities, shape)
     elif files.samples:
         samples = labels[-len(files.samples) :]
-        probabilities = np.stack([(samples == k).mean(0) for k in range(len(dataset.labels))])
+        probabilities = np.stack([
+            (samples == k).mean(0, dtype=np.float32) for k in range(len(dataset.labels))
+        ])  # fmt: skip
     if probabilities is not None:
         found = calibration(labels[: len(files.raters)], probabilities)
         calibrated = {"ECE": found.expected, "ACE": found.average}

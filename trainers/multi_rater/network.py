@@ -48,14 +48,14 @@ class Diversified(NamedTuple):
         With the posterior's code: (B, C, *spatial), with deep supervision every resolution.
     samples : Tensor, shape (M, B, C, *spatial)
         Logits with codes from the prior.
-    mean : Tensor or list of Tensor
+    mean_opinion : Tensor or list of Tensor
         With the prior's mean code, as ``logits``.
     posterior, prior : Gaussian
     """
 
     logits: Tensor | list[Tensor]
     samples: Tensor
-    mean: Tensor | list[Tensor]
+    mean_opinion: Tensor | list[Tensor]
     posterior: Gaussian
     prior: Gaussian
 

@@ -104,7 +104,7 @@ def test_discs(make_trainer: Callable[..., Any], seed: int, pretrained: bool) ->
         weights = Path(plain.output_folder) / "plain.pth"
         plain.save_checkpoint(str(weights))
     first = untrained(nnUNetTrainerMultiRaterDiversified, weights)
-    of_peer = dict.fromkeys(("bound_weight", "energy_weight", "mean_weight"), "0")
+    of_peer = dict.fromkeys(("bound_weight", "energy_weight", "mean_opinion_weight"), "0")
     peer = untrained(nnUNetTrainerMultiRaterDiversified, **of_peer)
     for trainer in (first, peer):
         learn(trainer, seed)

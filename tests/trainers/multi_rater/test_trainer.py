@@ -71,27 +71,27 @@ def test_a_step_of_the_first_stage_has_all_terms(first: Any) -> None:
     batch = next(first.dataloader_train)
     assert batch["target"][0].shape[1] == 4
     terms = first.train_step(batch)
-    assert set(terms) == {"loss", "segmentation", "kl", "mean", "bound", "energy"}
+    assert set(terms) == {"loss", "segmentation", "kl", "mean_opinion", "bound", "energy"}
     assert terms["loss"] == pytest.approx(sum(v for k, v in terms.items() if k != "loss"))
     assert not any(p.requires_grad for p in first.network.heads.parameters())
     first.bound_cross_entropy, first.rater_draw = 1.0, "balanced"
     assert first.train_step(batch)["bound"] > 0
     first.bound_weight = 0.0
-    assert set(first.train_step(batch)) == {"loss", "segmentation", "kl", "mean", "energy"}
+    assert set(first.train_step(batch)) == {"loss", "segmentation", "kl", "mean_opinion", "energy"}
     first.energy_weight = 0.0
     first.posterior = "all"
-    assert set(first.train_step(batch)) == {"loss", "segmentation", "kl", "mean"}
+    assert set(first.train_step(batch)) == {"loss", "segmentation", "kl", "mean_opinion"}
 
 
 def test_the_mean_opinion_learns_the_fused_labels(first: Any) -> None:
     batch = next(first.dataloader_train)
-    first.mean_weight = 2.0
+    first.mean_opinion_weight = 2.0
     terms, _ = first._terms(batch)
     answer = first.network(batch["data"])
     loss = first.loss(answer, [level[:, :1] for level in batch["target"]])
-    torch.testing.assert_close(terms["mean"], 2 * loss)
-    first.mean_weight = 0.0
-    assert "mean" not in first._terms(batch)[0]
+    torch.testing.assert_close(terms["mean_opinion"], 2 * loss)
+    first.mean_opinion_weight = 0.0
+    assert "mean_opinion" not in first._terms(batch)[0]
 
 
 def test_what_stands_where_a_rater_is_absent_changes_nothing(first: Any, second: Any) -> None:
