@@ -10,9 +10,9 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from torch import Tensor, nn
 
+from nnmosaic.trainers.multi_rater.combiner import Combiner
 from nnmosaic.trainers.multi_rater.loss import bound_loss, posterior_input
 from nnmosaic.trainers.multi_rater.network import (
-    Combiner,
     Diversified,
     MultiRaterNet,
     codes_of_raters,
@@ -152,7 +152,7 @@ def test_the_mean_opinion_is_the_plain_network(
 def test_a_case_is_finished_code_by_code(
     network: MultiRaterNet, image: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nnmosaic.trainers.multi_rater.network.VOXELS_AT_ONCE", 100)
+    monkeypatch.setattr("nnmosaic.trainers.multi_rater.combiner.VOXELS_AT_ONCE", 100)
     code, mean = torch.randn(2, LATENT)
     layer = network.decoder.seg_layers[-1]
     with torch.no_grad():
