@@ -22,7 +22,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnmosaic.data_conversion.atomic_write import read_json
+from nnmosaic.data_conversion.atomic_write import read_json, replacing
 from nnmosaic.data_conversion.dataset_json import parse_dataset_json
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.raw_dataset import Case
@@ -154,7 +154,8 @@ def preprocess_case(
 ) -> None:
     """Preprocess one case in ``scratch`` and move its files to ``folder``."""
     torch.set_num_threads(1)
-    case_file(scratch, os.getpid()).write_text(case.identifier, encoding="utf-8")
+    with replacing(case_file(scratch, os.getpid())) as note:  # whole, whenever this one is killed
+        note.write_text(case.identifier, encoding="utf-8")
     plans_manager = _plans_manager(plans_file, Path(plans_file).stat().st_mtime_ns)
     configuration_manager = plans_manager.get_configuration(configuration)
     preprocessor_class = configuration_manager.preprocessor_class
