@@ -208,6 +208,9 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
         common: Mapping[str, Any],
     ) -> dict[str, Tensor]:
         features, self._features = self._features, None
+        # Every second plane, and the others in the next step: half of the time.
+        half = (slice(None), slice(None), slice(self.iteration % 2, None, 2))
+        features, logits, target = features[half], logits[half], target[half]
         names = [source.source for source in self.dataset.sources()]
         own: list[int | None] = []
         others: list[int | None] = []

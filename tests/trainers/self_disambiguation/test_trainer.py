@@ -137,6 +137,24 @@ def test_teacher_and_heads_learn_and_go_on_from_a_checkpoint(make_trainer: Make)
     resumed.train_step(next(resumed.dataloader_train))
 
 
+def test_heads_learn_from_every_second_plane_in_turn(make_trainer: Make) -> None:
+    options = {"source_heads": "true", "ramp": "0"}
+    trainer = make_trainer(nnUNetTrainerSelfDisambiguation, PARTIAL, options=options)
+    trainer.on_train_start()
+    batch = next(trainer.dataloader_train)
+    for iteration in (4, 5):
+        trainer.iteration = iteration
+        logits = trainer.network(batch["data"])[0].detach().requires_grad_()
+        trainer._features.retain_grad()
+        features = trainer._features
+        terms = trainer.auxiliary_losses(batch, [logits])
+        sum(terms.values()).backward()
+        for gradient in (features.grad, logits.grad):
+            planes = gradient.abs().sum((0, 1, 3, 4)) > 0
+            assert planes[iteration % 2 :: 2].all()
+            assert not planes[1 - iteration % 2 :: 2].any()
+
+
 def test_a_checkpoint_refuses_other_options(make_trainer: Make) -> None:
     trainer = make_trainer(nnUNetTrainerSelfDisambiguation, PARTIAL, options={"ramp": "0.5"})
     trainer.initialize()
