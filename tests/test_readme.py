@@ -15,6 +15,7 @@ import pytest
 
 from nnmosaic.pipeline.cli import _parser
 from nnmosaic.trainers import TRAINERS
+from nnmosaic.trainers.base import nnUNetTrainerMosaic
 from nnmosaic.trainers.context_reconstruction.trainer import nnUNetTrainerContextReconstruction
 from nnmosaic.trainers.options import option_types
 from nnmosaic.trainers.self_disambiguation.trainer import nnUNetTrainerSelfDisambiguation
@@ -107,6 +108,9 @@ def test_linked_files_exist() -> None:
 def test_every_option_is_in_the_docs(trainer: type, file: str) -> None:
     page = DOCS[ROOT / "docs" / file]
     for name, kind in option_types(trainer).items():
+        if name in nnUNetTrainerMosaic.OPTIONS:  # of every trainer
+            assert f"`--set {name}=" in README
+            continue
         assert f"`{name}`" in page
         default = getattr(trainer, name)
         words = [str(default).lower()] if kind is bool else get_args(kind) or [f"{default:g}"]

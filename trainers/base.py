@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
 from operator import add
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -39,8 +39,25 @@ def sum_of(terms: Mapping[str, Tensor]) -> Tensor:
 class nnUNetTrainerMosaic(ResumableTrainer):
     """Base of all trainers; by itself plain nnU-Net."""
 
+    OPTIONS: ClassVar[tuple[str, ...]] = ("mirroring",)
+
+    mirroring: bool = True
+    """Mirror images in training and prediction. Without, place alone can tell left from right."""
     iteration: int = 0
     """Steps since the start of the training; an epoch that is repeated counts once."""
+
+    # ---------------------------------------------------------------- data
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(  # noqa: N802 - nnU-Net's name
+        self,
+    ) -> tuple[Any, bool, Any, tuple[int, ...] | None]:
+        """Return what nnU-Net returns, without axes to mirror if `mirroring` is off."""
+        rotation, dummy_2d, patch_size, axes = (
+            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        if not self.mirroring:
+            axes = self.inference_allowed_mirroring_axes = None
+        return rotation, dummy_2d, patch_size, axes
 
     # ---------------------------------------------------------------- one step
 

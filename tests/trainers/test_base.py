@@ -13,6 +13,9 @@ import pytest
 import SimpleITK
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import (
+    nnUNetTrainerNoMirroring,
+)
 
 from nnmosaic.data_conversion.dataset_json import parse_dataset_json
 from nnmosaic.data_conversion.errors import InputError
@@ -46,25 +49,28 @@ def without_times(logs: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ours", "options"),
+    ("stock", "ours", "options"),
     [
-        (nnUNetTrainerMosaic, None),
-        (nnUNetTrainerSelfDisambiguation, None),
+        (nnUNetTrainer, nnUNetTrainerMosaic, None),
+        (nnUNetTrainerNoMirroring, nnUNetTrainerMosaic, {"mirroring": "false"}),
+        (nnUNetTrainer, nnUNetTrainerSelfDisambiguation, None),
         (
+            nnUNetTrainer,
             nnUNetTrainerSelfDisambiguationContext,
             {"masked_weight": "0", "reconstruction_weight": "0"},
         ),
         (
+            nnUNetTrainer,
             nnUNetTrainerContextReconstruction,
             {"masked_weight": "0", "reconstruction_weight": "0"},
         ),
-        (nnUNetTrainerContextReconstruction, {"few_cases": "3"}),
+        (nnUNetTrainer, nnUNetTrainerContextReconstruction, {"few_cases": "3"}),
     ],
 )
 def test_three_epochs_equal_nnunets_bit_for_bit(
-    make_trainer: Make, ours: type, options: dict[str, str] | None
+    make_trainer: Make, stock: type, ours: type, options: dict[str, str] | None
 ) -> None:
-    expected = train(make_trainer(nnUNetTrainer))
+    expected = train(make_trainer(stock))
     got = train(make_trainer(ours, options=options))
     assert len(expected["logs"]["train_losses"]) == 3
     assert len(set(expected["logs"]["train_losses"])) == 3

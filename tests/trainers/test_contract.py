@@ -13,6 +13,7 @@ import torch
 
 import nnmosaic.trainers.ext_trainer
 from nnmosaic.trainers import FIRST_STAGE, RATER_TRAINERS, TRAINERS
+from nnmosaic.trainers.checkpoint import read_checkpoint
 from nnmosaic.trainers.lookup import trainer_class
 
 SHIM = Path(nnmosaic.trainers.ext_trainer.__file__).parent / "nnmosaic_trainers.py"
@@ -82,6 +83,20 @@ def test_steps_on_a_fixed_batch_lower_the_loss(
         trainer.on_validation_epoch_start()
         outputs = trainer.validation_step(batch)
     assert outputs["tp_hard"].shape == (2,)
+
+
+@each_trainer
+def test_mirroring_can_be_switched_off(name: str, make_trainer: Callable[..., Any]) -> None:
+    dataset = OF_RATERS if name in RATER_TRAINERS else DATASETS[0]
+    for switch in ("true", "false"):
+        options = {"mirroring": switch}
+        trainer = make_trainer(trainer_class(name), dataset, configuration(name), options=options)
+        trainer.initialize()
+        *_, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        path = Path(trainer.output_folder) / "checkpoint_latest.pth"
+        trainer.save_checkpoint(str(path))
+        assert read_checkpoint(path)["inference_allowed_mirroring_axes"] == axes
+        assert (axes is None) == (switch == "false")
 
 
 @each_trainer
