@@ -107,7 +107,10 @@ def preprocess_with_one_plan(
 def train_and_predict(
     training: Training, seed: int, output: Path, *, probabilities: bool = False
 ) -> Path:
-    """Train, predict the test images without mirroring, and return the folder with label maps."""
+    """Train, predict the test images without mirroring, and return the folder with label maps.
+
+    Classes have the numbers of the test images, which a merged dataset may have changed.
+    """
     import torch
 
     import benchmarks.baselines  # noqa: F401 - registers the peers
@@ -141,7 +144,25 @@ def train_and_predict(
         folds=[training.fold], mirroring=False, save_probabilities=probabilities, device="cpu",
         workers=1,
     )  # fmt: skip
+    numbers = read_json(training.test / "dataset.json")["labels"]
+    _renumber(output / "predictions", content["labels"], numbers)
     return output / "predictions"
+
+
+def _renumber(folder: Path, old: Mapping[str, int], new: Mapping[str, int]) -> None:
+    """Give the classes in label maps the numbers of another dataset."""
+    import SimpleITK
+
+    table = np.arange(256, dtype=np.uint8)
+    for name in old.keys() & new.keys():
+        table[old[name]] = new[name]
+    if (table == np.arange(256)).all():
+        return
+    for path in folder.glob("*.nii.gz"):
+        image = SimpleITK.ReadImage(str(path))
+        renumbered = SimpleITK.GetImageFromArray(table[SimpleITK.GetArrayFromImage(image)])
+        renumbered.CopyInformation(image)
+        SimpleITK.WriteImage(renumbered, str(path), True)
 
 
 def scores(predictions: Path, test: Path) -> dict[str, dict[str, list[float]]]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.grid import link
-from nnmosaic.data_conversion.atomic_write import write_json
+from nnmosaic.data_conversion.atomic_write import read_json, write_json
 
 HIPPOCAMPUS = {"background": 0, "anterior": 1, "posterior": 2}
 CHAOS = {"background": 0, "liver": 1, "kidney_right": 2, "kidney_left": 3, "spleen": 4}
@@ -12,12 +12,16 @@ CHAOS = {"background": 0, "liver": 1, "kidney_right": 2, "kidney_left": 3, "sple
 
 def write_hippocampus(data: Path, training: Path, testing: Path) -> None:
     """Write imagesTr, ... to one folder and imagesTs, ... to another: every fourth subject."""
-    _write(data / "msd_task04_hippocampus", training, testing, HIPPOCAMPUS, every=4, channel="")
+    source = data / "msd_task04_hippocampus"
+    _write(source, training, testing, HIPPOCAMPUS, kept_aside(source, every=4), channel="")
 
 
-def write_chaos(source: Path, training: Path, testing: Path) -> None:
-    """Write a sequence of CHAOS; every second patient is for testing."""
-    _write(source, training, testing, CHAOS, every=2, channel="_0000")
+def write_chaos(
+    source: Path, training: Path, testing: Path, held_out: set[str] | None = None
+) -> None:
+    """Write a sequence of CHAOS; every second patient, or ``held_out``, is for testing."""
+    held_out = held_out or kept_aside(source, every=2)
+    _write(source, training, testing, CHAOS, held_out, channel="_0000")
 
 
 def subjects_of(source: Path) -> dict[str, str]:
@@ -36,12 +40,12 @@ def _write(
     training: Path,
     testing: Path,
     labels: Mapping[str, int],
+    held_out: set[str],
     *,
-    every: int,
     channel: str,
 ) -> None:
     """Write both folders; ``channel`` is what the images of the source have after their name."""
-    subject_of, held_out = subjects_of(source), kept_aside(source, every=every)
+    subject_of = subjects_of(source)
     for folder, suffix, aside in ((training, "Tr", False), (testing, "Ts", True)):
         cases = [case for case, subject in subject_of.items() if (subject in held_out) == aside]
         for case in cases:
@@ -49,8 +53,11 @@ def _write(
             link(image, folder / f"images{suffix}" / f"{case}_0000.nii.gz")
             link(source / "labelsTr" / f"{case}.nii.gz",
                  folder / f"labels{suffix}" / f"{case}.nii.gz")  # fmt: skip
+        subjects = {case: subject_of[case] for case in cases}
+        if (folder / "dataset.json").is_file():  # of another sequence
+            subjects |= read_json(folder / "dataset.json")["subjects"]
         content = {
-            "channel_names": {"0": "MRI"}, "labels": labels, "numTraining": len(cases),
-            "file_ending": ".nii.gz", "subjects": {case: subject_of[case] for case in cases},
+            "channel_names": {"0": "MRI"}, "labels": labels, "numTraining": len(subjects),
+            "file_ending": ".nii.gz", "subjects": subjects,
         }  # fmt: skip
         write_json(content, folder / "dataset.json")

@@ -29,7 +29,13 @@ from benchmarks.grid import (
     use_workspace,
     what_it_took,
 )
-from benchmarks.raw_data import HIPPOCAMPUS, kept_aside, subjects_of, write_hippocampus
+from benchmarks.raw_data import (
+    HIPPOCAMPUS,
+    kept_aside,
+    subjects_of,
+    write_chaos,
+    write_hippocampus,
+)
 from benchmarks.report import RESULTS, footer, provenance, table, write
 from nnmosaic.data_conversion.atomic_write import read_json, write_json
 
@@ -65,7 +71,10 @@ class Setting:
     rows: Mapping[str, Row]
 
 
-BUDGETS = {"hippocampus": ("3d_fullres", {"epochs": 20, "iterations_per_epoch": 40})}
+BUDGETS = {
+    "hippocampus": ("3d_fullres", {"epochs": 20, "iterations_per_epoch": 40}),
+    "chaos": ("3d_lowres", {"epochs": 60, "iterations_per_epoch": 40}),
+}
 SOFT_TEACHER = {"ema_teacher": "true", "teacher_threshold": "0", "ramp": "0.5"}
 ORACLE, MISSING = Row(("Full",), PLAIN), "missing as background"
 SETTINGS = {
@@ -110,11 +119,22 @@ SETTINGS = {
         "hippocampus",
         {"oracle": ORACLE, "ours": Row(("Sparse",)), MISSING: Row(("SparseZeros",), PLAIN)},
     ),
+    "chaos": Setting(
+        "CHAOS, T1 with liver and spleen, T2 with the kidneys",
+        "chaos",
+        {
+            "oracle": Row(("Sequences",), PLAIN),
+            "ours": Row(("Organs",)),
+            MISSING: Row(("Organs",), PLAIN),
+        },
+    ),
 }
 NUMBERS = {
     "Full": "611", "Anterior": "612", "Posterior": "613", "Tenth": "614", "Rest": "615",
     "Half": "616", "Whole": "617", "EveryFifth": "618", "Disjoint": "601", "TenPercent": "602",
     "Merged": "603", "Sparse": "604", "ZerosIgnored": "605", "SparseZeros": "606",
+    "T1": "631", "T2": "632", "T1Part": "633", "T2Part": "634", "Sequences": "635",
+    "Organs": "636",
 }  # fmt: skip
 
 
@@ -123,6 +143,7 @@ CORPORA = {
         "Full", "Anterior", "Posterior", "Disjoint", "TenPercent", "Merged", "Sparse",
         "ZerosIgnored", "SparseZeros",
     ),
+    "chaos": ("Sequences", "Organs"),
 }  # fmt: skip
 """Datasets that are trained on; the first is complete, and its plan is that of all."""
 
@@ -145,12 +166,12 @@ def prepare_hippocampus(data: Path, work: Path) -> None:
     training = [case for case, subject in subject_of.items() if subject not in held_out]
     tenth = sorted(set(subjects) - held_out)[::10]
     rest = [case for case in training if subject_of[case] not in tenth]
-    _hide("Anterior", "--part", "1/2", "--keep", "anterior")
-    _hide("Posterior", "--part", "2/2", "--keep", "posterior")
-    _hide("Tenth", "--part", "1/10")
-    _hide("Rest", "--cases", *rest, "--keep", "anterior")
-    _hide("Half", "--part", "1/2")
-    _hide("Whole", "--part", "2/2", "--join", "whole=anterior+posterior")
+    _hide("Full", "Anterior", "--part", "1/2", "--keep", "anterior")
+    _hide("Full", "Posterior", "--part", "2/2", "--keep", "posterior")
+    _hide("Full", "Tenth", "--part", "1/10")
+    _hide("Full", "Rest", "--cases", *rest, "--keep", "anterior")
+    _hide("Full", "Half", "--part", "1/2")
+    _hide("Full", "Whole", "--part", "2/2", "--join", "whole=anterior+posterior")
     new = ("--output_id", NUMBERS["EveryFifth"], "-n", "EveryFifth")
     command("sparsify", "-d", NUMBERS["Full"], *new, "--planes", "5")
     _merge("Disjoint", "Anterior", "Posterior")
@@ -162,9 +183,21 @@ def prepare_hippocampus(data: Path, work: Path) -> None:
     _relabel(raw, "Sparse", "SparseZeros", {3: 0}, labels)
 
 
-def _hide(name: str, *flags: str) -> None:
+def prepare_chaos(data: Path, work: Path) -> None:
+    """Make the raw datasets of two sequences; every second patient is for testing, in both."""
+    raw, t2 = work / "nnUNet_raw", data / "chaos_mr_t2spir"
+    held_out = kept_aside(t2, every=2)
+    for name, source in (("T1", data / "chaos_mr_t1dual"), ("T2", t2)):
+        write_chaos(source, raw / dataset_folder(name), work / "chaos_test", held_out)
+    _hide("T1", "T1Part", "--keep", "liver", "spleen")
+    _hide("T2", "T2Part", "--keep", "kidney_right", "kidney_left")
+    _merge("Sequences", "T1", "T2")
+    _merge("Organs", "T1Part", "T2Part")
+
+
+def _hide(original: str, name: str, *flags: str) -> None:
     new = ("--output_id", NUMBERS[name], "-n", name)
-    command("hide_labels", "-d", NUMBERS["Full"], *new, *flags)
+    command("hide_labels", "-d", NUMBERS[original], *new, *flags)
 
 
 def _merge(name: str, *sources_and_flags: str) -> None:
@@ -206,7 +239,7 @@ def prepare(data: Path, work: Path, corpora: set[str]) -> None:
             done.touch()
 
 
-PREPARE = {"hippocampus": prepare_hippocampus}
+PREPARE = {"hippocampus": prepare_hippocampus, "chaos": prepare_chaos}
 
 
 # ------------------------------------------------------------------ one run
