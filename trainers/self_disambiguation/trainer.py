@@ -6,6 +6,8 @@ from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
 import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from nnmosaic.trainers.self_disambiguation.loss import (
     group_log_probabilities,
     hard_counts,
 )
+from nnmosaic.trainers.self_disambiguation.random_contrast import RandomContrastTransform
 from nnmosaic.trainers.self_disambiguation.sampling import (
     SampledCase,
     SourceAwareDataLoader,
@@ -49,7 +52,7 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
     OPTIONS: ClassVar[tuple[str, ...]] = (
         "loss_form", "focal_gamma", "entropy", "entropy_weight", "ramp", "ema_teacher",
         "teacher_weight", "teacher_decay", "teacher_threshold", "source_heads",
-        "consistency_weight", "sampling", "sampling_cap",
+        "consistency_weight", "sampling", "sampling_cap", "random_contrast",
     )  # fmt: skip
 
     loss_form: Literal["nnunet", "authors"] = "nnunet"
@@ -75,6 +78,8 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
     """How case and class of a sample are drawn, where there are several sources (3.3)."""
     sampling_cap: float = 10.0
     """No case is drawn more than this many times as often as under uniform sampling."""
+    random_contrast: Fraction = Fraction(0)
+    """Part of the patches that get a random contrast: for sources of different sequences."""
 
     def initialize(self) -> None:
         """Initialise, and wrap the source heads, whose gradients DDP must average, too."""
@@ -116,6 +121,16 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
             self.print_to_log_file(f"Sampling ({self.sampling}): {line}")
         loader = partial(SourceAwareDataLoader, pairs=pairs[0], foreground_pairs=pairs[1])
         return make_loaders(self, loader)
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:  # type: ignore[override]
+        """Return nnU-Net's augmentation, and a random contrast after its spatial part."""
+        augmentation = super().get_training_transforms(*args, **kwargs)
+        if self._has_sources and self.random_contrast > 0:
+            steps = augmentation.transforms
+            first = next(i for i, step in enumerate(steps) if isinstance(step, RandomTransform))
+            contrast = RandomTransform(RandomContrastTransform(), self.random_contrast)
+            steps.insert(first, contrast)
+        return augmentation
 
     def _sampled_cases(self) -> list[SampledCase]:
         training, _ = self.get_tr_and_val_datasets()
