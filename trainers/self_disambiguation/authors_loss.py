@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from nnmosaic.trainers.averaging import average
 from nnmosaic.trainers.self_disambiguation.loss import NO_LABEL, group_log_probabilities
 
 EPSILON = 1e-6
@@ -102,7 +103,12 @@ def annotated_planes(
 
 
 def authors_terms(
-    logits: Tensor, target: Tensor, representatives: Tensor, *, ignore_label: int | None = None
+    logits: Tensor,
+    target: Tensor,
+    representatives: Tensor,
+    *,
+    ignore_label: int | None = None,
+    ddp: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the focal cross-entropy and the Dice loss: mean over samples that contribute.
 
@@ -120,6 +126,8 @@ def authors_terms(
         For each sample and class the channel that stands for its group.
     ignore_label : int, optional
         Value of voxels that carry no information.
+    ddp : bool
+        Count the samples that contribute in all processes, see `average`.
 
     Returns
     -------
@@ -141,10 +149,9 @@ def authors_terms(
         if views:
             pairs = [(focal_cross_entropy(*view), present_label_dice(*view)) for view in views]
             terms.append(torch.stack([torch.stack(pair) for pair in pairs]).mean(0))
-    if not terms:
-        zero = log_p[:0].sum()
-        return zero, zero
-    focal, dice = torch.stack(terms).mean(0)
+    nothing = log_p[:0].sum().expand(2)
+    total = torch.stack(terms).sum(0) if terms else nothing
+    focal, dice = average(total, torch.tensor(len(terms), device=total.device), ddp=ddp)
     return focal, dice
 
 
@@ -175,17 +182,19 @@ class AuthorsLoss(nn.Module):
 
     Parameters
     ----------
-    ignore_label
+    ignore_label, ddp
         As in `authors_terms`.
     """
 
-    def __init__(self, *, ignore_label: int | None = None) -> None:
+    def __init__(self, *, ignore_label: int | None = None, ddp: bool = False) -> None:
         super().__init__()
-        self.ignore_label = ignore_label
+        self.ignore_label, self.ddp = ignore_label, ddp
 
     def forward(self, logits: Tensor, target: Tensor, representatives: Tensor) -> Tensor:
         """Return the loss of one resolution; shapes as in `authors_terms`."""
-        focal, dice = authors_terms(logits, target, representatives, ignore_label=self.ignore_label)
+        focal, dice = authors_terms(
+            logits, target, representatives, ignore_label=self.ignore_label, ddp=self.ddp
+        )
         return focal + dice
 
 

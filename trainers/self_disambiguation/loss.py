@@ -122,6 +122,7 @@ def grouped_dice(
     scored: Tensor,
     batch_dice: bool,
     ignore_label: int | None = None,
+    count_ignored: bool = False,
     ddp: bool = False,
 ) -> Tensor:
     """Return minus the soft Dice over the (sample, class) pairs that have a label (2.8).
@@ -135,6 +136,8 @@ def grouped_dice(
         source.
     batch_dice : bool
         Sum over the batch before dividing, as nnU-Net's plans say.
+    count_ignored : bool
+        Count samples that are ignored as a whole with Dice 1, as nnU-Net does.
     ddp : bool
         Sum over all processes (``batch_dice``), or count the pairs of all, see `average`.
 
@@ -151,8 +154,8 @@ def grouped_dice(
         if ignore_label is not None:
             mask = (target != ignore_label).to(probabilities.dtype)
             labels = torch.where(target != ignore_label, target, 0)
-            # A sample without an annotated voxel says nothing.
-            weight = weight * (mask.sum(axes) > 0)
+            if not count_ignored:  # a sample without an annotated voxel says nothing
+                weight = weight * (mask.sum(axes) > 0)
         one_hot = torch.zeros_like(log_probabilities).scatter_(1, labels.long(), 1)[:, 1:]
         if mask is not None:
             one_hot = one_hot * mask
@@ -246,10 +249,14 @@ class GroupedDiceCELoss(nn.Module):
             On the CPU, so that looking at it does not wait for the GPU.
         """
         identity = torch.arange(representatives.shape[1])
+        complete = bool((representatives == identity).all())
         # Under DDP all processes must take the same branch, because sums go over them.
-        nnunets = not self.ddp and self.gamma == 0
-        if nnunets and bool((representatives == identity).all()):
+        if complete and self.gamma == 0 and not self.ddp:
             return self.complete_loss(logits, target)
+        if self.ddp and self.ignore_label is not None:
+            everywhere = torch.tensor(float(complete), device=logits.device)
+            torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
+            complete = bool(everywhere)
         log_p = group_log_probabilities(logits, representatives)
         scored = (representatives == identity).to(logits.device)
         ce = grouped_cross_entropy(
@@ -261,6 +268,7 @@ class GroupedDiceCELoss(nn.Module):
             scored=scored,
             batch_dice=self.batch_dice,
             ignore_label=self.ignore_label,
+            count_ignored=complete,
             ddp=self.ddp,
         )
         return ce + dice

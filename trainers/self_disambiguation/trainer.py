@@ -163,7 +163,7 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
             return loss
         inner = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
         ignore = self.label_manager.ignore_label
-        grouped: nn.Module = AuthorsLoss(ignore_label=ignore)
+        grouped: nn.Module = AuthorsLoss(ignore_label=ignore, ddp=self.is_ddp)
         if self.loss_form == "nnunet":
             grouped = GroupedDiceCELoss(
                 inner,

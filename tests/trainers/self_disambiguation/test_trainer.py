@@ -201,6 +201,9 @@ def test_loaders_with_nnunets_own_class_give_nnunets_batches(make_trainer: Make)
 
 TWO_PROCESSES = """
 import sys, torch
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnmosaic.trainers.self_disambiguation.authors_loss import AuthorsLoss
 from nnmosaic.trainers.self_disambiguation.loss import GroupedDiceCELoss
 from nnmosaic.trainers.self_disambiguation.ambiguity import (
     conditional_entropy, teacher_cross_entropy)
@@ -208,7 +211,7 @@ from nnmosaic.trainers.self_disambiguation.source_heads import (
     SourceHeads, consistency_loss, own_label_loss)
 rank, folder, world = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 ddp = world > 1
-data, target, table, tables = torch.load(f"{folder}/inputs.pt")
+data, target, table, tables, sparse = torch.load(f"{folder}/inputs.pt")
 torch.manual_seed(0)
 class Model(torch.nn.Module):
     def __init__(self):
@@ -238,6 +241,20 @@ for batch_dice in (True, False):
     model.zero_grad()
     loss.backward()
     gradients.append([p.grad.clone() for p in model.parameters()])
+every = torch.arange(4).expand(len(y), 4)  # of a source that annotates all
+for loss_of in ("nnunet", "batch", "authors"):
+    logits, (own, _) = wrapped(data[mine], sources, sources)
+    if loss_of == "authors":
+        loss = AuthorsLoss(**options)(logits, sparse[mine], every)
+    else:
+        how = {"batch_dice": loss_of == "batch", "smooth": 1e-5, "do_bg": False, "ddp": False}
+        stock = DC_and_CE_loss(how, {}, ignore_label=4, dice_class=MemoryEfficientSoftDiceLoss)
+        ours = GroupedDiceCELoss(stock, batch_dice=how["batch_dice"], **options)
+        loss = ours(logits, sparse[mine], every)
+    loss = loss + 0 * sum(head.sum() for head in own)  # DDP wants every weight used
+    model.zero_grad()
+    loss.backward()
+    gradients.append([p.grad.clone() for p in model.parameters()])
 torch.save(gradients, f"{folder}/{world}_{rank}.pt")
 if ddp:
     torch.distributed.destroy_process_group()
@@ -254,7 +271,9 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     raw = torch.randint(0, 4, (4, 1, 6, 6, 6), generator=generator)
     target = torch.stack([row[labels] for row, labels in zip(table, raw, strict=True)])
     target[0, :, :3] = 4  # unequal numbers of annotated voxels
-    torch.save((data, target, table, tables), tmp_path / "inputs.pt")
+    sparse = raw.clone()
+    sparse[0] = sparse[2, :, 1:] = 4  # the first process has one sample that says something
+    torch.save((data, target, table, tables, sparse), tmp_path / "inputs.pt")
     command = [sys.executable, "-c", TWO_PROCESSES]
     runs = [
         subprocess.Popen([*command, str(rank), str(tmp_path), str(world)])
