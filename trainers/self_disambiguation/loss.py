@@ -217,7 +217,8 @@ class GroupedDiceCELoss(nn.Module):
     ----------
     complete_loss : nn.Module
         nnU-Net's own loss. It is called, unchanged, for a batch in which every class is annotated,
-        without DDP and with ``gamma`` 0.
+        without DDP and with ``gamma`` 0. So where all voxels of such a batch are ignored, Dice is
+        nnU-Net's constant -1; with any other batch it is 0.
     batch_dice, ddp, ignore_label
         As in `grouped_dice`.
     gamma : float

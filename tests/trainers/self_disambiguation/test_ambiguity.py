@@ -47,6 +47,17 @@ def test_golden_entropies_and_chain_rule_t15() -> None:
     assert conditional_entropy(z, y, PARTIAL).item() == pytest.approx(0.5627618612, abs=1e-9)
 
 
+def test_chain_rule_t15_with_two_ambiguous_groups() -> None:
+    z = golden_logits()[:1]
+    table = torch.tensor([[0, 1, 1, 3, 0]])
+    log_p = group_log_probabilities(z, table)
+    groups = -torch.where(log_p.isfinite(), log_p.exp() * log_p, 0.0).sum(1)
+    full = -(torch.softmax(z, 1) * torch.log_softmax(z, 1)).sum(1)
+    labels = torch.zeros(1, 1, *z.shape[2:], dtype=torch.long)
+    inside = sum(log_p[:, c].exp() * each_voxel(z, labels + c, table) for c in (0, 1))
+    assert (full - groups - inside).abs().max().item() < 1e-12
+
+
 def test_t2_complete_sources_have_none() -> None:
     z, y = golden_logits(), golden_target(COMPLETE)
     assert conditional_entropy(z, y, COMPLETE).item() == 0.0
@@ -85,11 +96,14 @@ def slow_teacher(z: Tensor, t: Tensor, y: Tensor, table: Tensor, threshold: floa
     return total / count
 
 
+@pytest.mark.parametrize("planar", [False, True])
 @pytest.mark.parametrize("table", [PARTIAL, MERGED])
 @pytest.mark.parametrize("threshold", [0.0, 0.7])
-def test_teacher_equals_the_slow_loop(table: Tensor, threshold: float) -> None:
+def test_teacher_equals_the_slow_loop(table: Tensor, threshold: float, planar: bool) -> None:
     z, y = golden_logits(), golden_target(table)
     y[:, :, 0] = IGNORE
+    if planar:
+        z, y = z[..., 2], y[..., 2]
     teacher = z.flip(1) * 1.3
     value = teacher_cross_entropy(z, teacher, y, table, threshold=threshold, ignore_label=IGNORE)
     assert value.item() == pytest.approx(slow_teacher(z, teacher, y, table, threshold), abs=1e-9)
@@ -108,13 +122,17 @@ def test_gradients() -> None:
     assert teacher.grad is None
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e4])
+@pytest.mark.parametrize("table", [PARTIAL, MERGED, torch.zeros_like(PARTIAL)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_t13_t14_huge_logits_stay_finite(dtype: torch.dtype) -> None:
-    z = (golden_logits() * 1e4).to(dtype).requires_grad_()
-    y = golden_target()
+def test_t13_t14_extreme_logits_stay_finite(
+    dtype: torch.dtype, table: Tensor, scale: float
+) -> None:
+    z = (golden_logits() * scale).to(dtype).requires_grad_()
+    y = golden_target(table)
     y[:, :, 0] = IGNORE
-    value = conditional_entropy(z, y, PARTIAL, ignore_label=IGNORE) + teacher_cross_entropy(
-        z, z.flip(1), y, PARTIAL, threshold=0.9, ignore_label=IGNORE
+    value = conditional_entropy(z, y, table, ignore_label=IGNORE) + teacher_cross_entropy(
+        z, z.flip(1), y, table, threshold=0.9, ignore_label=IGNORE
     )
     (g,) = torch.autograd.grad(value, z)
     assert torch.isfinite(value)

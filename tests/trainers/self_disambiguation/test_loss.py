@@ -63,6 +63,8 @@ def slow_loss(
             z = logits[(b, slice(None), *v)]
             p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
             y = target[(b, 0, *v)]
+            if y == IGNORE:
+                continue
             nll.append(-math.log(sum(p[c] for c in range(len(p)) if table[b][c] == y)))
             for c in range(1, len(p)):
                 if table[b][c] == c:
@@ -173,6 +175,29 @@ def test_equals_the_slow_loop(batch_dice: bool, table: Tensor) -> None:
     assert value == pytest.approx(expected[1], abs=1e-12)
 
 
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_sources_of_all_kinds_in_one_batch_equal_the_slow_loop(
+    batch_dice: bool, planar: bool
+) -> None:
+    """Complete, partial, merged and sparse; in 2D and 3D; with a lower resolution below."""
+    z = torch.cat([golden_logits(), 0.7 * golden_logits().flip(1)])
+    table = torch.cat([COMPLETE[:1], PARTIAL[:1], MERGED[:1], PARTIAL[:1]])
+    raw = torch.cat([golden_raw(), golden_raw().flip(3)]).clamp_max(C - 1)
+    y = torch.stack([row[labels] for row, labels in zip(table, raw, strict=True)])
+    y[3, :, :, 1:3] = IGNORE
+    if planar:
+        z, y = z[:, :, 1], y[:, :, 1]
+    levels = [(z, y), (z[..., ::2], y[..., ::2])]
+    slow = [
+        sum(slow_loss(x.numpy(), labels.numpy(), table.numpy(), batch_dice=batch_dice))
+        for x, labels in levels
+    ]
+    loss = DeepSupervisionWrapper(our_loss(batch_dice=batch_dice, ignore=IGNORE), (0.7, 0.3))
+    value = loss(*map(list, zip(*levels, strict=True)), [table, table])
+    assert value.item() == pytest.approx(0.7 * slow[0] + 0.3 * slow[1], abs=1e-12)
+
+
 def test_gradcheck() -> None:
     z = golden_logits()[:, :, :2, :2, :2].clone().requires_grad_()
     y = golden_target(MERGED)[:, :, :2, :2, :2]
@@ -216,26 +241,29 @@ def test_the_grouped_terms_of_a_complete_source_are_nnunets(
     assert ours.item() == pytest.approx(expected.item(), rel=1e-7)
 
 
-def test_t3_split_inside_a_group_does_not_matter() -> None:
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_t3_split_inside_a_group_does_not_matter(batch_dice: bool) -> None:
     z, y = golden_logits(), golden_target()
     moved = z.clone()
     group = [0, 2, 4]
     shares = torch.log_softmax(torch.tensor([3.0, -1.0, 0.5], dtype=torch.float64), 0)
     moved[0, group] = torch.logsumexp(z[0, group], 0) + shares.view(3, 1, 1, 1)
-    loss = our_loss(batch_dice=True)
+    loss = our_loss(batch_dice=batch_dice)
     assert abs(loss(z, y, PARTIAL) - loss(moved, y, PARTIAL)).item() < 1e-12
 
 
-def test_t4_gradient_inside_a_group_is_proportional_to_probability() -> None:
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_t4_gradient_inside_a_group_is_proportional_to_probability(batch_dice: bool) -> None:
     z = golden_logits().requires_grad_()
-    g = gradient(our_loss(batch_dice=True)(z, golden_target(), PARTIAL), z)
+    g = gradient(our_loss(batch_dice=batch_dice)(z, golden_target(), PARTIAL), z)
     ratio = (g / torch.softmax(z, 1))[0, [0, 2, 4]]
     assert (ratio - ratio[:1]).abs().max().item() < 1e-12
 
 
-def test_t5_permutations_do_not_matter() -> None:
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_t5_permutations_do_not_matter(batch_dice: bool) -> None:
     z, y = golden_logits(), golden_target()
-    loss = our_loss(batch_dice=True)
+    loss = our_loss(batch_dice=batch_dice)
     value = loss(z, y, PARTIAL)
     swapped = z.clone()
     swapped[0, [2, 4]] = z[0, [4, 2]]
@@ -245,10 +273,11 @@ def test_t5_permutations_do_not_matter() -> None:
     )
 
 
-def test_t6_nothing_annotated_gives_zero_with_zero_gradient() -> None:
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_t6_nothing_annotated_gives_zero_with_zero_gradient(batch_dice: bool) -> None:
     z = golden_logits().requires_grad_()
     nothing = torch.zeros_like(PARTIAL)
-    value = our_loss(batch_dice=True)(z, torch.zeros_like(golden_target()), nothing)
+    value = our_loss(batch_dice=batch_dice)(z, torch.zeros_like(golden_target()), nothing)
     assert value.item() == 0.0
     assert gradient(value, z).abs().max().item() == 0.0
 
@@ -320,12 +349,13 @@ def test_t11_batch_cross_entropy_is_the_voxel_weighted_mean() -> None:
     assert value == pytest.approx(np.average(parts, weights=voxels), abs=1e-12)
 
 
-def test_t12_dice_of_a_class_ignores_sources_without_it() -> None:
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_t12_dice_of_a_class_ignores_sources_without_it(batch_dice: bool) -> None:
     z = golden_logits().requires_grad_()
     log_p = group_log_probabilities(z, PARTIAL)
     for c in (2, 4):
         scored = (PARTIAL == IDENTITY) & (c == IDENTITY)
-        value = grouped_dice(log_p, golden_target(), scored=scored, batch_dice=True)
+        value = grouped_dice(log_p, golden_target(), scored=scored, batch_dice=batch_dice)
         g = torch.autograd.grad(value, z, retain_graph=True)[0]
         assert g[0].abs().max().item() == 0.0
         assert g[1].abs().max().item() > 0.0
@@ -340,31 +370,35 @@ def test_t13_huge_half_precision_logits_stay_finite(dtype: torch.dtype) -> None:
         assert torch.isfinite(gradient(value, z)).all()
 
 
+@pytest.mark.parametrize("batch_dice", [True, False])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
 @pytest.mark.parametrize("table", [PARTIAL, MERGED, torch.zeros_like(PARTIAL)])
-def test_t14_no_gradient_is_nan_or_infinite(scale: float, table: Tensor) -> None:
+def test_t14_no_gradient_is_nan_or_infinite(scale: float, table: Tensor, batch_dice: bool) -> None:
     y = golden_target(table)
     for gamma in (0.0, 2.0):
         z = (golden_logits() * scale).float().requires_grad_()
-        value = our_loss(batch_dice=True, gamma=gamma)(z, y, table)
+        value = our_loss(batch_dice=batch_dice, gamma=gamma)(z, y, table)
         assert torch.isfinite(gradient(value, z)).all()
 
 
-def test_t16_ignored_voxels_get_no_supervised_gradient() -> None:
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_t16_ignored_voxels_get_no_supervised_gradient(batch_dice: bool) -> None:
     z = golden_logits().requires_grad_()
     y = golden_target()
     y[:, :, 0] = IGNORE
-    g = gradient(our_loss(batch_dice=True, ignore=IGNORE)(z, y, PARTIAL), z)
+    g = gradient(our_loss(batch_dice=batch_dice, ignore=IGNORE)(z, y, PARTIAL), z)
     assert g[:, :, 0].abs().max().item() == 0.0
 
 
-def test_t17_deep_supervision_with_a_scale_without_labels() -> None:
+@pytest.mark.parametrize("batch_dice", [True, False])
+@pytest.mark.parametrize("table", [PARTIAL, MERGED])
+def test_t17_deep_supervision_with_a_scale_without_labels(batch_dice: bool, table: Tensor) -> None:
     z = [golden_logits().requires_grad_(), golden_logits()[..., ::2].clone().requires_grad_()]
-    y = [golden_target(), torch.full((B, 1, 3, 4, 3), IGNORE)]
-    loss = our_loss(batch_dice=True, ignore=IGNORE)
-    value = DeepSupervisionWrapper(loss, (2 / 3, 1 / 3))(z, y, [PARTIAL, PARTIAL])
+    y = [golden_target(table), torch.full((B, 1, 3, 4, 3), IGNORE)]
+    loss = our_loss(batch_dice=batch_dice, ignore=IGNORE)
+    value = DeepSupervisionWrapper(loss, (2 / 3, 1 / 3))(z, y, [table, table])
     value.backward()
-    assert value.item() == pytest.approx(2 / 3 * loss(z[0], y[0], PARTIAL).item(), abs=1e-12)
+    assert value.item() == pytest.approx(2 / 3 * loss(z[0], y[0], table).item(), abs=1e-12)
     assert z[1].grad is not None
     assert z[1].grad.abs().max().item() == 0.0
 
