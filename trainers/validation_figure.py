@@ -12,12 +12,15 @@ CELL = (1.1, 0.45)
 """Width and height of a cell in inches."""
 CLASS_WIDTH, SOURCE_WIDTH = 28, 13
 """Characters of a name in one line."""
+WARNING_WIDTH = 70
 DARK = 0.6
 """Dice below which the colour of a cell needs white text."""
 
 
 def write_figure(summary: Mapping[str, Any], folder: Path, *, file_ending: str) -> None:
-    """Draw Dice where a class was annotated, elsewhere the recall or the predicted volume.
+    """Draw Dice where a class was annotated, elsewhere recall and false positives (FP).
+
+    Without a full reference these are unknown: the predicted volume then. Warnings stand below.
 
     The file is ``validation.png``, or ``validation.svg`` where label maps are PNG files: nnU-Net
     would take it for a prediction.
@@ -59,9 +62,12 @@ def write_figure(summary: Mapping[str, Any], folder: Path, *, file_ending: str) 
     axes.tick_params(which="both", length=0)
     axes.set_title(
         "Number alone: Dice.  Hatched: not annotated;\n"
-        "recall on full references, or predicted volume per case",
+        "recall and false positives (FP) per case on full references,\n"
+        "or predicted volume per case",
         fontsize="medium", loc="left",
     )  # fmt: skip
+    warnings = "\n".join(fill(warning, WARNING_WIDTH) for warning in summary["warnings"])
+    axes.set_xlabel(warnings, fontsize="small", loc="left", parse_math=False)
     bar = figure.add_axes((1 + 0.2 / figure.get_figwidth(), 0, 0.12 / figure.get_figwidth(), 1))
     figure.colorbar(colours, cax=bar, label="Dice")
     file_type = "svg" if file_ending.lower() == ".png" else "png"
@@ -106,5 +112,6 @@ def _draw_cell(
 def _known(other: Mapping[str, Any]) -> str:
     """Return what is known of a class that the source does not annotate."""
     if "recall" in other:
-        return f"recall {other['recall']:.2f}"
+        false = volume_text(other["false_positive_ml"])
+        return f"recall {other['recall']:.2f}\nFP {false} mL"
     return f"{volume_text(other['predicted_ml'])} mL"

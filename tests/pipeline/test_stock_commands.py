@@ -54,7 +54,8 @@ def test_stock_commands_train_and_predict_what_ours_do(
     short = {"epochs": 1, "iterations_per_epoch": 30, "val_iterations_per_epoch": 1}
     # So that there is a teacher, and it has learnt as much.
     short["options"] = {
-        "few_cases": "1000", "reconstruction_weight": "0.5", "momentum_base": "0.5"
+        "few_cases": "1000", "reconstruction_weight": "0.5", "momentum_base": "0.5",
+        "source_heads": "true",
     }  # fmt: skip
     plans["nnmosaic"]["run_settings"].update(short)
     plans_file.write_text(json.dumps(plans))

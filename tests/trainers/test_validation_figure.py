@@ -18,9 +18,10 @@ SUMMARY: dict[str, Any] = {
     },
     "not_annotated": {
         "A": {"2": {"predicted_ml": 1234.4}},
-        "B": {"1": {"predicted_ml": 3.0, "recall": 0.456}},
+        "B": {"1": {"predicted_ml": 3.0, "recall": 0.456, "false_positive_ml": 1.24}},
         "C": {"1": {"predicted_ml": 0.0412}, "2": {"predicted_ml": 0.0}},
     },
+    "warnings": ["Class 'liver' costs $ and says nothing.", "No source annotates every class."],
 }
 
 
@@ -37,7 +38,7 @@ def test_each_cell_says_what_is_known(tmp_path: Path, monkeypatch: pytest.Monkey
     axes = drawn[0].axes[0]
     cells = {(int(t.get_position()[1]), int(t.get_position()[0])): t.get_text() for t in axes.texts}
     assert cells == {
-        (0, 0): "0.91", (0, 1): "recall 0.46", (0, 2): "0.041 mL",
+        (0, 0): "0.91", (0, 1): "recall 0.46\nFP 1.2 mL", (0, 2): "0.041 mL",
         (1, 0): "1234 mL", (1, 1): "absent", (1, 2): "0 mL",
         (2, 2): "0.50",
     }  # fmt: skip
@@ -45,6 +46,7 @@ def test_each_cell_says_what_is_known(tmp_path: Path, monkeypatch: pytest.Monkey
     assert hatched == [(0, 1), (0, 2), (1, 0), (1, 2)]
     names = [label.get_text().replace("\n", " ") for label in axes.get_yticklabels()]
     assert names == ["liver", "cost $a$ and $", "liver + cost $a$ and $"]
+    assert axes.get_xlabel().split("\n") == SUMMARY["warnings"]
     assert [path.name for path in tmp_path.iterdir()] == ["validation.png"]
     assert (tmp_path / "validation.png").read_bytes().startswith(b"\x89PNG")
 

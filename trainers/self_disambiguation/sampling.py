@@ -62,6 +62,15 @@ class Pairs:
         return float(self.probabilities[chosen].sum())
 
 
+def mixture(first: Pairs, second: Pairs, share: float) -> Pairs:
+    """Return pairs of which a ``share`` is drawn from the second."""
+    return Pairs(
+        np.concatenate([first.cases, second.cases]),
+        np.concatenate([first.classes, second.classes]),
+        np.concatenate([(1 - share) * first.probabilities, share * second.probabilities]),
+    )
+
+
 def describe(cases: Sequence[SampledCase], pairs: Pairs, names: Mapping[int, str]) -> list[str]:
     """Return a line per source: its number of cases, its share, and those of its classes."""
     sources = np.array([case.source for case in cases])

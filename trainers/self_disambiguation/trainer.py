@@ -32,6 +32,7 @@ from nnmosaic.trainers.self_disambiguation.sampling import (
     SampledCase,
     SourceAwareDataLoader,
     describe,
+    mixture,
     pair_probabilities,
 )
 from nnmosaic.trainers.self_disambiguation.source_heads import (
@@ -117,10 +118,17 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
             for both in (True, self.sampling == "class_first")
         ]
         names = {value: name for name, value in self.dataset.labels.items()}
-        for line in describe(cases, pairs[0], names):
+        for line in describe(cases, mixture(*pairs, self._guaranteed_foreground()), names):
             self.print_to_log_file(f"Sampling ({self.sampling}): {line}")
         loader = partial(SourceAwareDataLoader, pairs=pairs[0], foreground_pairs=pairs[1])
         return make_loaders(self, loader)
+
+    def _guaranteed_foreground(self) -> float:
+        """Return the share of samples in which nnU-Net guarantees foreground."""
+        if self.probabilistic_oversampling:
+            return float(self.oversample_foreground_percent)
+        anywhere = round(self.batch_size * (1 - self.oversample_foreground_percent))
+        return 1 - anywhere / self.batch_size
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:  # type: ignore[override]
         """Return nnU-Net's augmentation, and a random contrast after its spatial part."""

@@ -1,5 +1,6 @@
 """The trainer for partial labels: its loss, what it counts, and that it learns both classes."""
 
+import json
 import random
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from nnmosaic.trainers.base import nnUNetTrainerMosaic
 from nnmosaic.trainers.dataloading import make_loaders
 from nnmosaic.trainers.self_disambiguation.authors_loss import authors_terms, full_entropy
 from nnmosaic.trainers.self_disambiguation.loss import GroupedDiceCELoss
+from nnmosaic.trainers.self_disambiguation.sampling import SourceAwareDataLoader
 from nnmosaic.trainers.self_disambiguation.trainer import nnUNetTrainerSelfDisambiguation
 
 PARTIAL = "Dataset007_Merged"
@@ -182,6 +184,59 @@ def test_without_declared_sources_every_option_leaves_nnunet_as_it_is(make_train
         weights.append(trainer.network.state_dict())
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name]), name
+
+
+def test_sources_share_the_batches_as_the_log_says(started: Any) -> None:
+    loader = started.dataloader_train.data_loader
+    assert isinstance(loader, SourceAwareDataLoader)
+    log = Path(started.log_file).read_text()
+    # Four training cases of each source, of different size; one of the two samples of a batch
+    # shows foreground for certain, the other one as often the background.
+    assert "Sampling (sqrt): Bright, 4 cases, share 0.500 (background 0.125, bright 0.375)" in log
+    assert "Sampling (sqrt): Dark, 4 cases, share 0.500 (background 0.125, dark 0.375)" in log
+    drawn = [[key.split("_")[0] for key in loader.get_indices()] for _ in range(20)]
+    assert all(sorted(pair) == ["Bright", "Dark"] for pair in drawn)
+
+
+@pytest.mark.slow
+def test_merged_and_sparse_sources_are_learnt_together_in_3d(make_trainer: Make) -> None:
+    """Bright: both balls as one label; dark: every second plane. Ignored voxels have no pull."""
+    trainer = make_trainer(nnUNetTrainerSelfDisambiguation, PARTIAL, options={"entropy": "off"})
+    content = json.loads(json.dumps(trainer.dataset_json))
+    content["labels"]["ignore"] = 3
+    sources = content["partial_labels"]["sources"]
+    sources["Bright"]["annotated"], sources["Bright"]["merged"] = [], {"bright": ["bright", "dark"]}
+    sources["Dark"]["annotated"] = ["bright", "dark"]
+    plans = trainer.my_init_kwargs["plans"]
+    trainer = nnUNetTrainerSelfDisambiguation(
+        {**plans, "continue_training": False}, "3d_fullres", 0, content, torch.device("cpu")
+    )
+    trainer.initialize()
+    size = trainer.configuration_manager.patch_size
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, 3, (2, 1, *size), generator=generator).float()
+    target[0].clamp_(max=1)
+    target[1, :, 1::2] = 3
+    levels = [target[..., ::s, ::s, ::s] for s in (1, 2, 4)][
+        : len(trainer._get_deep_supervision_scales())
+    ]
+    levels[-1] = torch.full_like(levels[-1], 3)  # planes vanish at low resolutions
+    batch = {
+        "data": torch.randn(2, 1, *size, generator=generator),
+        "target": levels,
+        "keys": ["Bright_case00", "Dark_case00"],
+    }
+    logits = [level.detach().requires_grad_() for level in trainer.network(batch["data"])]
+    loss = trainer.segmentation_loss(logits, levels, batch)
+    loss.backward()
+    full = logits[0].grad
+    assert full[1, :, 1::2].abs().max() == 0 < full[1, :, ::2].abs().max()
+    # Inside the merged label no class is preferred to the other.
+    ratio = full[0, 1:] / torch.softmax(logits[0], 1)[0, 1:]
+    torch.testing.assert_close(ratio[0], ratio[1], rtol=1e-3, atol=1e-7)
+    losses = [float(trainer.train_step(batch)["loss"]) for _ in range(10)]
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
 
 
 def test_loaders_with_nnunets_own_class_give_nnunets_batches(make_trainer: Make) -> None:
