@@ -1,10 +1,10 @@
 """Self-disambiguation against its oracle and its peers, on unseen subjects.
 
-``python -m benchmarks.self_disambiguation --data SHARED_DATA`` needs ``msd_task04_hippocampus`` in
-that folder. Every run is one JSON file in ``results/self_disambiguation``; finished ones are
-skipped, so the command can be stopped and run again. A run takes about 5 minutes on one core;
-``--jobs`` run at the same time on their share of the cores. ``--only SETTING`` leaves out the
-others.
+``python -m benchmarks.self_disambiguation --data SHARED_DATA`` needs ``msd_task04_hippocampus``,
+``chaos_mr_t1dual`` and ``chaos_mr_t2spir`` in that folder. Every run is one JSON file in
+``results/self_disambiguation``; finished ones are skipped, so the command can be stopped and run
+again. A run takes about 3 minutes on one core, of CHAOS 20; ``--jobs`` run at the same time on
+their share of the cores. ``--only SETTING`` leaves out the others.
 """
 
 import shutil
@@ -64,11 +64,17 @@ class Setting:
     ----------
     corpus : str
         Plan, test images and budget.
+    never_annotated : mapping
+        Sequence (a part of a case's name) -> classes that no image of it has a label of.
+    one_seed : bool
+        Only the first seed is trained with.
     """
 
     title: str
     corpus: str
     rows: Mapping[str, Row]
+    never_annotated: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    one_seed: bool = False
 
 
 BUDGETS = {
@@ -76,6 +82,8 @@ BUDGETS = {
     "chaos": ("3d_lowres", {"epochs": 60, "iterations_per_epoch": 40}),
 }
 SOFT_TEACHER = {"ema_teacher": "true", "teacher_threshold": "0", "ramp": "0.5"}
+SIDES = {"mirroring": "false"}
+"""There are a left and a right kidney."""
 ORACLE, MISSING = Row(("Full",), PLAIN), "missing as background"
 SETTINGS = {
     "disjoint": Setting(
@@ -123,10 +131,13 @@ SETTINGS = {
         "CHAOS, T1 with liver and spleen, T2 with the kidneys",
         "chaos",
         {
-            "oracle": Row(("Sequences",), PLAIN),
-            "ours": Row(("Organs",)),
-            MISSING: Row(("Organs",), PLAIN),
+            "oracle": Row(("Sequences",), PLAIN, SIDES),
+            "ours": Row(("Organs",), options={**SIDES, "random_contrast": "0.8"}),
+            "ours without random contrast": Row(("Organs",), options=SIDES),
+            MISSING: Row(("Organs",), PLAIN, SIDES),
         },
+        {"T1": ("kidney_right", "kidney_left"), "T2": ("liver", "spleen")},
+        one_seed=True,
     ),
 }
 NUMBERS = {
@@ -300,6 +311,8 @@ def all_runs(settings: Sequence[str], seeds: Sequence[int]) -> dict[Path, tuple[
     runs: dict[Path, tuple[str, str, str]] = {}
     for seed in seeds:
         for setting in settings:
+            if SETTINGS[setting].one_seed and seed != seeds[0]:
+                continue
             for row in SETTINGS[setting].rows:
                 runs.setdefault(result_path(setting, row, seed), (setting, row, str(seed)))
     return runs
@@ -335,6 +348,48 @@ def setting_table(name: str, seeds: Sequence[int], subjects: Mapping[str, str]) 
     return f"## {setting.title}\n\n{table(header, rows)}"
 
 
+def recall_table(name: str, seeds: Sequence[int]) -> str:
+    """Return recall by sequence and class, and its share of the oracle's; nothing without runs."""
+    setting = SETTINGS[name]
+    recalls = {
+        row: {cell: _recall(runs, *cell) for cell in _cells(setting, runs)}
+        for row in setting.rows
+        if (runs := load(name, row, seeds))
+    }
+    if not setting.never_annotated or "oracle" not in recalls:
+        return ""
+    oracle = recalls["oracle"]
+    header = [
+        f"{sequence} {key}{' (never)' if key in setting.never_annotated[sequence] else ''}"
+        for sequence, key in oracle
+    ]
+    rows = [
+        [row, *(f"{recall[cell]:.3f} ({recall[cell] / oracle[cell]:.2f})" for cell in oracle)]
+        for row, recall in recalls.items()
+    ]
+    return (
+        "\n\nRecall, and its share of the oracle's; never: no label in any training image of the "
+        f"sequence.\n\n{table(['row', *header], rows)}"
+    )
+
+
+def _cells(setting: Setting, runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    classes = next(iter(runs[0]["dice_tp_fn"].values()))
+    return [(sequence, key) for sequence in setting.never_annotated for key in classes]
+
+
+def _recall(runs: Sequence[Mapping[str, Any]], sequence: str, key: str) -> float:
+    """Return the mean over the cases of a sequence that show the class, and seeds."""
+    found = [
+        (tp, fn)
+        for run in runs
+        for case, of_classes in run["dice_tp_fn"].items()
+        if sequence in case
+        for _, tp, fn in (of_classes[key],)
+    ]
+    return float(np.mean([tp / (tp + fn) for tp, fn in found if tp + fn > 0]))
+
+
 def _of_seeds(
     runs: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -348,7 +403,7 @@ def report(seeds: Sequence[int], work: Path) -> str:
     sources: dict[str, dict[str, Any]] = {}
     for name, setting in SETTINGS.items():
         test = read_json(work / f"{setting.corpus}_test" / "dataset.json")
-        parts.append(setting_table(name, seeds, test["subjects"]))
+        parts.append(setting_table(name, seeds, test["subjects"]) + recall_table(name, seeds))
         for row in setting.rows:
             for run in load(name, row, seeds):
                 source = {key: run[key] for key in (*provenance(), "threads")}
