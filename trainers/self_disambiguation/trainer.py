@@ -6,8 +6,6 @@ from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
-from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import Tensor, nn
@@ -27,7 +25,7 @@ from nnmosaic.trainers.self_disambiguation.loss import (
     group_log_probabilities,
     hard_counts,
 )
-from nnmosaic.trainers.self_disambiguation.random_contrast import RandomContrastTransform
+from nnmosaic.trainers.self_disambiguation.random_contrast import random_contrast
 from nnmosaic.trainers.self_disambiguation.sampling import (
     SampledCase,
     SourceAwareDataLoader,
@@ -130,15 +128,18 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
         anywhere = round(self.batch_size * (1 - self.oversample_foreground_percent))
         return 1 - anywhere / self.batch_size
 
-    def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:  # type: ignore[override]
-        """Return nnU-Net's augmentation, and a random contrast after its spatial part."""
-        augmentation = super().get_training_transforms(*args, **kwargs)
+    def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch on the device; with random contrast also "as_drawn", the images before.
+
+        The teacher sees these: it is sure of an organ where it knows the contrast, and the network
+        learns to find the organ in any.
+        """
+        batch = super().on_device(batch)
         if self._has_sources and self.random_contrast > 0:
-            steps = augmentation.transforms
-            first = next(i for i, step in enumerate(steps) if isinstance(step, RandomTransform))
-            contrast = RandomTransform(RandomContrastTransform(), self.random_contrast)
-            steps.insert(first, contrast)
-        return augmentation
+            images = batch["data"]
+            changed = random_contrast(images, self.random_contrast)
+            batch |= {"data": changed, "as_drawn": images}
+        return batch
 
     def _sampled_cases(self) -> list[SampledCase]:
         training, _ = self.get_tr_and_val_datasets()
@@ -213,7 +214,7 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
                 self.entropy_weight * ramp * full_entropy(full, target, **common)
             )
         if self._learns_from_teacher and self.teacher is not None:
-            goal = self.teacher(batch["data"])
+            goal = self.teacher(batch.get("as_drawn", batch["data"]))
             value = teacher_cross_entropy(
                 full, goal, *labels, threshold=self.teacher_threshold, ddp=ddp, **common
             )
