@@ -111,14 +111,16 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
         cases = self._sampled_cases()
         if len({case.source for case in cases}) < 2:
             return super().get_dataloaders()  # type: ignore[no-any-return]
-        pairs = [
+        pairs, guaranteed = (
             pair_probabilities(cases, self.sampling, cap=self.sampling_cap, with_background=both)
             for both in (True, self.sampling == "class_first")
-        ]
+        )
         names = {value: name for name, value in self.dataset.labels.items()}
-        for line in describe(cases, mixture(*pairs, self._guaranteed_foreground()), names):
+        for line in describe(
+            cases, mixture(pairs, guaranteed, self._guaranteed_foreground()), names
+        ):
             self.print_to_log_file(f"Sampling ({self.sampling}): {line}")
-        loader = partial(SourceAwareDataLoader, pairs=pairs[0], foreground_pairs=pairs[1])
+        loader = partial(SourceAwareDataLoader, pairs=pairs, foreground_pairs=guaranteed)
         return make_loaders(self, loader)
 
     def _guaranteed_foreground(self) -> float:
@@ -126,7 +128,7 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
         if self.probabilistic_oversampling:
             return float(self.oversample_foreground_percent)
         anywhere = round(self.batch_size * (1 - self.oversample_foreground_percent))
-        return 1 - anywhere / self.batch_size
+        return 1 - float(anywhere / self.batch_size)
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the batch on the device; with random contrast also "as_drawn", the images before.
@@ -231,7 +233,8 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
         table: Tensor,
         common: Mapping[str, Any],
     ) -> dict[str, Tensor]:
-        features, self._features = self._features, None
+        features: Any = self._features
+        self._features = None
         # Every second plane, and the others in the next step: half of the time.
         half = (slice(None), slice(None), slice(self.iteration % 2, None, 2))
         features, logits, target = features[half], logits[half], target[half]
