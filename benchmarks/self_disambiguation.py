@@ -79,11 +79,12 @@ class Setting:
 
 BUDGETS = {
     "hippocampus": ("3d_fullres", {"epochs": 20, "iterations_per_epoch": 40}),
-    "chaos": ("3d_lowres", {"epochs": 60, "iterations_per_epoch": 40}),
+    "chaos": ("3d_lowres", {"epochs": 160, "iterations_per_epoch": 40}),
 }
 SOFT_TEACHER = {"ema_teacher": "true", "teacher_threshold": "0", "ramp": "0.5"}
 SIDES = {"mirroring": "false"}
 """There are a left and a right kidney."""
+ANY_CONTRAST = {**SIDES, "random_contrast": "1"}
 ORACLE, MISSING = Row(("Full",), PLAIN), "missing as background"
 SETTINGS = {
     "disjoint": Setting(
@@ -132,9 +133,10 @@ SETTINGS = {
         "chaos",
         {
             "oracle": Row(("Sequences",), PLAIN, SIDES),
-            "ours": Row(("Organs",), options={**SIDES, "random_contrast": "0.8"}),
-            "ours without random contrast": Row(("Organs",), options=SIDES),
+            "ours": Row(("Organs",), options=ANY_CONTRAST),
+            "ours + teacher": Row(("Organs",), options={**ANY_CONTRAST, "ema_teacher": "true"}),
             MISSING: Row(("Organs",), PLAIN, SIDES),
+            "ours without random contrast": Row(("Organs",), options=SIDES),
         },
         {"T1": ("kidney_right", "kidney_left"), "T2": ("liver", "spleen")},
         one_seed=True,
