@@ -171,6 +171,12 @@ def matrix_warnings(matrix: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> li
         if not any(cell["annotated"] != "no" and cell["present"] for cell in row.values())
     ]
     sources = next(iter(matrix.values()))
+    warnings += [
+        f"Source {source!r} annotates nothing, so its labels teach nothing. Declare what it "
+        "annotates, or leave it out."
+        for source in sources
+        if all(row[source]["annotated"] == "no" for row in matrix.values())
+    ]
     if all(any(row[source]["annotated"] != "yes" for row in matrix.values()) for source in sources):
         warnings.append(
             "No source annotates every class, so pure background is never labelled: false "

@@ -88,6 +88,14 @@ def test_case_that_matches_two_patterns_is_an_error() -> None:
             "'liver' in two groups",
         ),
         (
+            {
+                "pattern": "^B",
+                "annotated": [],
+                "merged": {"liver": ["liver", "spleen"], "kidney_left": ["kidney_left", "spleen"]},
+            },
+            "'spleen' in two groups",
+        ),
+        (
             {"pattern": "^B", "annotated": [], "merged": {"spleen": ["liver", "kidney_left"]}},
             "must be one of at least two members",
         ),

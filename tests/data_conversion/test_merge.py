@@ -113,6 +113,10 @@ def test_a_class_that_is_never_present_and_missing_background_are_warned_about(
     assert "pure background is never labelled" in warnings[1]
     complete = {"only": {"S": {"annotated": "yes", "cases": 1, "present": 1, "voxels": 5}}}
     assert matrix_warnings(complete) == []
+    complete["only"]["Idle"] = {"annotated": "no", "cases": 0, "present": 0, "voxels": 0}
+    assert [text.split(",")[0] for text in matrix_warnings(complete)] == [
+        "Source 'Idle' annotates nothing"
+    ]
 
 
 def test_classes_that_are_only_ever_merged_are_refused_and_nothing_is_left(

@@ -101,7 +101,10 @@ def test_full_entropy_and_the_authors_loss_take_the_place_of_ours(make_trainer: 
     assert term.item() == pytest.approx(full_entropy(logits[0], batch["target"][0]).item())
 
 
-EVERYTHING = {"entropy": "conditional", "ema_teacher": "true", "source_heads": "true", "ramp": "0"}
+EVERYTHING = {
+    "entropy": "conditional", "ema_teacher": "true", "teacher_threshold": "0",
+    "source_heads": "true", "ramp": "0",
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -115,6 +118,7 @@ def test_teacher_and_heads_learn_and_go_on_from_a_checkpoint(make_trainer: Make)
     }  # fmt: skip
     assert all(np.isfinite(list(output.values())).all() for output in outputs)
     assert outputs[0]["consistency"] > 0
+    assert outputs[0]["teacher"] > 0
     for old, new in zip(before, trainer._heads.parameters(), strict=True):
         assert not torch.equal(old, new)
     path = f"{trainer.output_folder}/checkpoint_latest.pth"
