@@ -29,11 +29,11 @@ def panels(work: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     from nnmosaic.trainers.context_reconstruction.masking import (
         block_size,
         draw_mask,
-        generator_of,
         to_voxels,
     )
     from nnmosaic.trainers.context_reconstruction.readout import cut_patch, foreground_centre
     from nnmosaic.trainers.ema_teacher import EXPORTED
+    from nnmosaic.trainers.generator import generator_of
     from nnmosaic.trainers.predictor import load_predictor
 
     (model,) = (work / "runs" / RUN).glob(f"*/{OURS}__*")

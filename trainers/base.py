@@ -73,7 +73,7 @@ class nnUNetTrainerMosaic(ResumableTrainer):
         Each pass is backpropagated before the next one starts: the gradient is that of the sum, and
         memory holds the activations of one pass.
         """
-        batch = self.on_device(batch)
+        batch = self.augmented(self.on_device(batch))
         self.optimizer.zero_grad(set_to_none=True)
         passes: list[Pass] = [partial(self._first_pass, batch), *self.further_passes(batch)]
         terms: dict[str, Tensor] = {}
@@ -168,6 +168,16 @@ class nnUNetTrainerMosaic(ResumableTrainer):
             "data": batch["data"].to(self.device, non_blocking=True),
             "target": self._to_device(batch["target"]),
         }
+
+    def augmented(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return a training batch as the network sees it: the hook for augmentation on the device.
+
+        Parameters
+        ----------
+        batch : dict
+            "data" and "target" are on the device.
+        """
+        return batch
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return nnU-Net's autocast: on CUDA only, it is slow or missing elsewhere."""

@@ -48,12 +48,6 @@ def block_size(
     return tuple(int(b) for b in chosen)
 
 
-def generator_of(*counter: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator that depends on these numbers only, say seed, process and iteration."""
-    state = np.random.SeedSequence(counter).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
-
-
 def check_ratio(grid: Sequence[int], ratio: float, kind: MaskKind) -> None:
     """Raise `ValueError` unless every mask of this kind hides some cells and leaves some."""
     axes: tuple[int | None, ...] = (None,)

@@ -11,7 +11,8 @@ import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from torch import Tensor
 
-from nnmosaic.trainers.context_reconstruction.masking import draw_mask, generator_of, to_voxels
+from nnmosaic.trainers.context_reconstruction.masking import draw_mask, to_voxels
+from nnmosaic.trainers.generator import generator_of
 
 RATIOS = (0.2, 0.4, 0.6)
 BORDER = 8

@@ -19,11 +19,11 @@ from nnmosaic.trainers.context_reconstruction.masking import (
     draw_mask,
     filler,
     foreground_of_cells,
-    generator_of,
     to_voxels,
 )
 from nnmosaic.trainers.context_reconstruction.schedule import cosine_momentum, warmup_momentum
 from nnmosaic.trainers.ema_teacher import TeacherTrainer, forgetting_momentum
+from nnmosaic.trainers.generator import generator_of
 from nnmosaic.trainers.options import Count, Fraction, Positive
 from nnmosaic.trainers.resumable import plain_network
 

@@ -1,21 +1,29 @@
 """Images of a random contrast: what one sequence annotates is then found in another one, too."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 KNOTS = (4, 9)
 """Fewest and most points of a curve."""
+CUT = 0.005
+"""Part of the voxels at either end whose intensities count as equal: outliers."""
 AIR = 0.05
 """Voxels of less than this part of the range of intensities have no say in where the points are."""
+SAMPLE = 10000
+"""About so many voxels are looked at for quantiles."""
 LEVELS = 4096
 """Intensities that are told apart."""
 
 
-def random_contrast(images: Tensor, share: float) -> Tensor:
+def with_random_contrast(
+    images: Tensor, share: float, generator: torch.Generator, *, masked: Sequence[bool]
+) -> Tensor:
     """Return images of which a share has its intensities on random curves that rise and fall.
 
     A curve is linear between points at random quantiles of the intensities, so that tissues come
-    apart however near each other they are; the darkest, air, stays the darkest. Mean and standard
+    apart however near each other they are; the darkest voxels stay the darkest. Mean and standard
     deviation stay as they were. After the random intensity curves of Zhou et al. (Models Genesis,
     Medical Image Analysis 2021).
 
@@ -25,56 +33,69 @@ def random_contrast(images: Tensor, share: float) -> Tensor:
         Every channel has a curve of its own.
     share : float
         Probability of an image to be changed.
+    generator : torch.Generator
+        On the CPU.
+    masked : sequence of bool
+        For each intensity channel, whether it is 0 outside of the object, and stays so (nnU-Net's
+        ``use_mask_for_norm``). Channels after these, a cascade's, stay as they are.
     """
-    return torch.stack(
-        [
-            torch.stack([mapped(channel, *_random_curve()) for channel in image])
-            if torch.rand(()) < share
-            else image
-            for image in images
-        ]
-    )
+    changed = images.clone()
+    for image in changed:
+        if torch.rand((), generator=generator) < share:
+            for channel, is_masked in zip(image, masked, strict=False):
+                channel.copy_(on_curve(channel, *_random_curve(generator), masked=is_masked))
+    return changed
 
 
-def _random_curve() -> tuple[Tensor, Tensor]:
-    points = int(torch.randint(KNOTS[0], KNOTS[1] + 1, ()))
-    inner = torch.rand(points - 2).sort().values
-    ends = torch.tensor([0.0, 1.0])
-    return torch.cat([ends[:1], inner, ends[1:]]), torch.cat([ends[:1], torch.rand(points - 1)])
+def _random_curve(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    points = int(torch.randint(KNOTS[0], KNOTS[1] + 1, (), generator=generator))
+    inner = torch.rand(points - 2, generator=generator).sort().values
+    return inner, torch.cat([torch.zeros(1), torch.rand(points - 1, generator=generator)])
 
 
-def mapped(channel: Tensor, fractions: Tensor, values: Tensor) -> Tensor:
+def on_curve(channel: Tensor, fractions: Tensor, values: Tensor, *, masked: bool = False) -> Tensor:
     """Return an image with its intensities on a curve, its mean and standard deviation as before.
 
     Parameters
     ----------
     channel : Tensor, shape (*spatial)
         Without contrast it stays as it is.
-    fractions, values : Tensor, shape (points,)
-        Quantiles, ascending, and the intensities that take their place; the first quantile is the
-        darkest voxel and the others are those of the voxels that are not air.
+    fractions : Tensor, shape (points - 2,)
+        Quantiles of the voxels that are not air, ascending. The first and the last point are the
+        darkest and the brightest voxels.
+    values : Tensor, shape (points,)
+        The intensities that take their place.
+    masked : bool
+        Voxels that are 0 are outside, and stay so.
     """
     old = channel.float()
-    low, high = old.aminmax()
+    inside = old != 0 if masked else torch.ones_like(old, dtype=torch.bool)
+    voxels = old[inside]
+    if len(voxels) == 0:
+        return channel
+    some = voxels[:: max(1, len(voxels) // SAMPLE)]
+    low, high = some.quantile(torch.tensor([CUT, 1 - CUT], device=some.device)).unbind()
     if low == high:
         return channel
-    place = ((old - low) / (high - low) * (LEVELS - 1)).round()
-    counts = torch.histc(place, LEVELS, 0, LEVELS - 1)
-    counts[: int(AIR * LEVELS)] = 0
-    below = counts.cumsum(0) / counts.sum()
-    knots = torch.searchsorted(below, fractions[1:-1].to(below)).clamp_max(LEVELS - 1)
-    new = _through(knots.tolist(), values.tolist()).to(old)[place.long()]
+    tissue = some[some > low + AIR * (high - low)]
+    knots = _level(tissue.quantile(fractions.to(some)), low, high)
+    new = _curve(knots.tolist(), values.tolist()).to(old)[_level(voxels, low, high)]
     spread = new.std()
     if spread == 0:
         return channel
-    return ((new - new.mean()) / spread * old.std() + old.mean()).to(channel.dtype)
+    new = (new - new.mean()) / spread * voxels.std() + voxels.mean()
+    return old.masked_scatter(inside, new).to(channel.dtype)
 
 
-def _through(inner: list[int], values: list[float]) -> Tensor:
+def _level(intensities: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return ((intensities - low) / (high - low) * (LEVELS - 1)).round().clamp(0, LEVELS - 1).long()
+
+
+def _curve(inner: list[int], values: list[float]) -> Tensor:
     """Return the value at every level of the curve through the points."""
     knots = [0, *inner, LEVELS - 1]
     pieces = [
-        torch.linspace(first, last, max(right - left, 0) + 1)[:-1]
+        torch.linspace(first, last, right - left + 1)[:-1]
         for left, right, first, last in zip(knots, knots[1:], values, values[1:], strict=False)
     ]
     return torch.cat([*pieces, torch.tensor(values[-1:])])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nnmosaic.trainers.base import GRADIENT_NORM_LIMIT, Logits
 from nnmosaic.trainers.dataloading import Batches, make_loaders
 from nnmosaic.trainers.ema_teacher import TeacherTrainer, forgetting_momentum
+from nnmosaic.trainers.generator import generator_of
 from nnmosaic.trainers.options import Fraction
 from nnmosaic.trainers.resumable import plain_network
 from nnmosaic.trainers.self_disambiguation.ambiguity import (
@@ -25,7 +26,7 @@ from nnmosaic.trainers.self_disambiguation.loss import (
     group_log_probabilities,
     hard_counts,
 )
-from nnmosaic.trainers.self_disambiguation.random_contrast import random_contrast
+from nnmosaic.trainers.self_disambiguation.random_contrast import with_random_contrast
 from nnmosaic.trainers.self_disambiguation.sampling import (
     SampledCase,
     SourceAwareDataLoader,
@@ -38,6 +39,9 @@ from nnmosaic.trainers.self_disambiguation.source_heads import (
     consistency_loss,
     own_label_loss,
 )
+
+CONTRAST = 3
+"""Counter of the generator of random contrast, apart from those of context reconstruction."""
 
 
 class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
@@ -130,18 +134,23 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
         anywhere = round(self.batch_size * (1 - self.oversample_foreground_percent))
         return 1 - float(anywhere / self.batch_size)
 
-    def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return the batch on the device; with random contrast also "as_drawn", the images before.
+    def augmented(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch with random contrast, and the images before as "as_drawn".
 
-        The teacher sees these: it is sure of an organ where it knows the contrast, and the network
-        learns to find the organ in any.
+        These are what the teacher of this method sees: it is sure of an organ where it knows the
+        contrast, and the network learns to find the organ in any.
         """
-        batch = super().on_device(batch)
-        if self._has_sources and self.random_contrast > 0:
-            images = batch["data"]
-            changed = random_contrast(images, self.random_contrast)
-            batch |= {"data": changed, "as_drawn": images}
-        return batch
+        batch = super().augmented(batch)
+        if not self._has_sources or self.random_contrast == 0:
+            return batch
+        counter = (self.run_settings.seed or 0, self.local_rank, self.iteration, CONTRAST)
+        images = with_random_contrast(
+            batch["data"],
+            self.random_contrast,
+            generator_of(*counter),
+            masked=self.configuration_manager.use_mask_for_norm,
+        )
+        return {**batch, "data": images, "as_drawn": batch["data"]}
 
     def _sampled_cases(self) -> list[SampledCase]:
         training, _ = self.get_tr_and_val_datasets()

@@ -12,9 +12,9 @@ from nnmosaic.trainers.context_reconstruction.masking import (
     draw_mask,
     filler,
     foreground_of_cells,
-    generator_of,
     to_voxels,
 )
+from nnmosaic.trainers.generator import generator_of
 
 
 def strides(*stages: tuple[int, ...]) -> list[tuple[int, ...]]:

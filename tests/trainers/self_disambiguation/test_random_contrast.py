@@ -8,8 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnmosaic.trainers.self_disambiguation.random_contrast import AIR, mapped, random_contrast
+from nnmosaic.trainers.generator import generator_of
+from nnmosaic.trainers.self_disambiguation.random_contrast import (
+    AIR,
+    CUT,
+    on_curve,
+    with_random_contrast,
+)
 from nnmosaic.trainers.self_disambiguation.trainer import nnUNetTrainerSelfDisambiguation
+from nnmosaic.trainers.self_disambiguation_context import nnUNetTrainerSelfDisambiguationContext
+
+MIDDLE = torch.tensor([0.5])
+UP_AND_DOWN = torch.tensor([0, 1, 0.2])
 
 
 @pytest.fixture
@@ -22,7 +32,7 @@ def image() -> Tensor:
 
 def test_a_curve_sets_every_tissue_and_keeps_air_and_moments(image: Tensor) -> None:
     # The median of what is not air is the second tissue: it becomes the brightest.
-    new = mapped(image, torch.tensor([0, 0.5, 1]), torch.tensor([0, 1, 0.2]))
+    new = on_curve(image, MIDDLE, UP_AND_DOWN)
     levels = [new[plane, 0, 0].item() for plane in (0, 4, 8, 12)]
     assert levels[0] == new.min()
     assert levels[2] == new.max()
@@ -33,57 +43,81 @@ def test_a_curve_sets_every_tissue_and_keeps_air_and_moments(image: Tensor) -> N
     assert share == pytest.approx(0.2, abs=1e-3)
 
 
+def test_a_few_outliers_do_not_matter(image: Tensor) -> None:
+    new = on_curve(image, MIDDLE, UP_AND_DOWN)
+    image[15, 0, :5] = 1e4
+    with_outliers = on_curve(image, MIDDLE, UP_AND_DOWN)
+    correlation = torch.corrcoef(torch.stack([new.flatten(), with_outliers.flatten()]))[0, 1]
+    assert correlation > 0.999
+
+
 def test_a_curve_is_that_of_numpy_through_quantiles_of_tissue() -> None:
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(20, 30, 40, generator=generator).exp()
-    fractions, values = torch.tensor([0, 0.2, 0.6, 1]), torch.tensor([0, 0.9, 0.1, 0.5])
+    image = torch.randn(20, 20, 20, generator=generator).exp()
+    values = torch.tensor([0, 0.9, 0.1, 0.5])
     old = image.numpy()
-    tissue = old[old > old.min() + AIR * (old.max() - old.min())]
-    knots = [old.min(), *np.quantile(tissue, [0.2, 0.6]), old.max()]
+    low, high = np.quantile(old, [CUT, 1 - CUT])
+    tissue = old[old > low + AIR * (high - low)]
+    knots = [low, *np.quantile(tissue, [0.2, 0.6]), high]
     expected = np.interp(old, knots, values.numpy())
     expected = (expected - expected.mean()) / expected.std() * old.std() + old.mean()
-    difference = np.abs(mapped(image, fractions, values).numpy() - expected)
-    assert np.median(difference) < 0.01 * old.std()
-    assert np.quantile(difference, 0.99) < 0.1 * old.std()
+    got = on_curve(image, torch.tensor([0.2, 0.6]), values).numpy()
+    assert np.abs(got - expected).max() < 0.02 * old.std()
 
 
+def test_outside_of_a_mask_all_stays_zero(image: Tensor) -> None:
+    outside = torch.zeros_like(image)
+    padded = torch.cat([image, outside])
+    new = on_curve(padded, MIDDLE, UP_AND_DOWN, masked=True)
+    assert torch.equal(new[16:], outside)
+    torch.testing.assert_close(new[:16], on_curve(image, MIDDLE, UP_AND_DOWN))
+
+
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("value", [0.0, 2.5])
-def test_an_image_without_contrast_stays(value: float) -> None:
+def test_an_image_without_contrast_stays(value: float, masked: bool) -> None:
     flat = torch.full((4, 4), value)
-    assert torch.equal(mapped(flat, torch.tensor([0, 0.5, 1]), torch.tensor([0, 1, 0.5])), flat)
+    assert torch.equal(on_curve(flat, MIDDLE, UP_AND_DOWN, masked=masked), flat)
 
 
 def test_images_and_channels_have_curves_of_their_own(image: Tensor) -> None:
-    batch = image.repeat(40, 2, 1, 1, 1)
-    torch.manual_seed(0)
-    found = random_contrast(batch, 0.25)
-    changed = [not torch.equal(one, image.repeat(2, 1, 1, 1)) for one in found]
+    batch = image.repeat(40, 3, 1, 1, 1)
+    before = batch.clone()
+    masked = [False, False]  # the third channel is a cascade's
+    found = with_random_contrast(batch, 0.25, generator_of(0), masked=masked)
+    assert torch.equal(batch, before)
+    assert torch.equal(found[:, 2], batch[:, 2])
+    changed = [not torch.equal(one, other) for one, other in zip(found, batch, strict=True)]
     assert 3 < sum(changed) < 20
     first = found[changed.index(True)]
-    assert not torch.allclose(*first)
-    torch.manual_seed(0)
-    assert torch.equal(random_contrast(batch, 0.25), found)
-    assert torch.equal(random_contrast(batch, 0.0), batch)
-    assert random_contrast(batch[..., 0].half(), 1.0).dtype == torch.float16
+    assert not torch.allclose(first[0], first[1])
+    again = with_random_contrast(batch, 0.25, generator_of(0), masked=masked)
+    assert torch.equal(again, found)
+    half = with_random_contrast(batch[..., 0].half(), 1.0, generator_of(0), masked=masked)
+    assert half.dtype == torch.float16
+    assert torch.isfinite(half).all()
 
 
 @pytest.mark.parametrize("dataset", ["Dataset007_Merged", "Dataset004_Balls"])
+@pytest.mark.parametrize(
+    "trainer_class", [nnUNetTrainerSelfDisambiguation, nnUNetTrainerSelfDisambiguationContext]
+)
 def test_the_network_sees_it_where_sources_are_declared_and_the_teacher_does_not(
-    make_trainer: Callable[..., Any], dataset: str, monkeypatch: pytest.MonkeyPatch
+    make_trainer: Callable[..., Any], trainer_class: type, dataset: str
 ) -> None:
     options = {"random_contrast": "1", "ema_teacher": "true", "ramp": "0"}
-    trainer = make_trainer(nnUNetTrainerSelfDisambiguation, dataset, options=options)
+    trainer = make_trainer(trainer_class, dataset, options=options)
     trainer.on_train_start()
     batch = next(trainer.dataloader_train)
     seen: dict[str, Tensor] = {}
-    trainer.network.register_forward_pre_hook(lambda _, inputs: seen.update(network=inputs[0]))
+    trainer.network.register_forward_pre_hook(lambda _, inputs: seen.setdefault("net", inputs[0]))
     if trainer.teacher is not None:
         teacher = trainer.teacher.network
-        teacher.register_forward_pre_hook(lambda _, inputs: seen.update(teacher=inputs[0]))
+        teacher.register_forward_pre_hook(lambda _, inputs: seen.setdefault("teacher", inputs[0]))
     trainer.train_step(batch)
     if dataset == "Dataset004_Balls":
-        assert list(seen) == ["network"]
-        assert torch.equal(seen["network"], batch["data"])
+        assert list(seen) == ["net"]
+        assert torch.equal(seen["net"], batch["data"])
         return
     assert torch.equal(seen["teacher"], batch["data"])
-    assert not torch.allclose(seen["network"], batch["data"])
+    assert not torch.allclose(seen["net"], batch["data"])
