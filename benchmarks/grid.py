@@ -150,11 +150,13 @@ def train_and_predict(
 
 
 def _renumber(folder: Path, old: Mapping[str, int], new: Mapping[str, int]) -> None:
-    """Give the classes in label maps the numbers of another dataset."""
+    """Give the classes in label maps the numbers of another dataset, which must have them all."""
     import SimpleITK
 
+    if missing := old.keys() - new.keys() - {"ignore"}:
+        raise ValueError(f"The test images have no class {', '.join(sorted(missing))}.")
     table = np.arange(256, dtype=np.uint8)
-    for name in old.keys() & new.keys():
+    for name in old.keys() - {"ignore"}:
         table[old[name]] = new[name]
     if (table == np.arange(256)).all():
         return

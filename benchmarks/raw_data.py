@@ -20,8 +20,8 @@ def write_chaos(
     source: Path, training: Path, testing: Path, held_out: set[str] | None = None
 ) -> None:
     """Write a sequence of CHAOS; every second patient, or ``held_out``, is for testing."""
-    held_out = held_out or kept_aside(source, every=2)
-    _write(source, training, testing, CHAOS, held_out, channel="_0000")
+    aside = kept_aside(source, every=2) if held_out is None else held_out
+    _write(source, training, testing, CHAOS, aside, channel="_0000")
 
 
 def subjects_of(source: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 ``python -m benchmarks.self_disambiguation --data SHARED_DATA`` needs ``msd_task04_hippocampus``,
 ``chaos_mr_t1dual`` and ``chaos_mr_t2spir`` in that folder. Every run is one JSON file in
 ``results/self_disambiguation``; finished ones are skipped, so the command can be stopped and run
-again. A run takes about 3 minutes on one core, of CHAOS 20; ``--jobs`` run at the same time on
+again. A run takes about 3 minutes on one core, of CHAOS 15; ``--jobs`` run at the same time on
 their share of the cores. ``--only SETTING`` leaves out the others.
 """
 
@@ -68,6 +68,8 @@ class Setting:
         Sequence (a part of a case's name) -> classes that no image of it has a label of.
     one_seed : bool
         Only the first seed is trained with.
+    note : str
+        What a reader must know of the choice of options.
     """
 
     title: str
@@ -75,6 +77,7 @@ class Setting:
     rows: Mapping[str, Row]
     never_annotated: Mapping[str, Sequence[str]] = field(default_factory=dict)
     one_seed: bool = False
+    note: str = ""
 
 
 BUDGETS = {
@@ -142,6 +145,8 @@ SETTINGS = {
         },
         {"T1": ("kidney_right", "kidney_left"), "T2": ("liver", "spleen")},
         one_seed=True,
+        note="That every patch has a random contrast was chosen on these test patients "
+        "and this seed, with a first form of it.",
     ),
 }
 NUMBERS = {
@@ -353,27 +358,30 @@ def setting_table(name: str, seeds: Sequence[int], subjects: Mapping[str, str]) 
 
 
 def recall_table(name: str, seeds: Sequence[int]) -> str:
-    """Return recall by sequence and class, and its share of the oracle's; nothing without runs."""
+    """Return recall and Dice by sequence and class; nothing without runs of the oracle."""
     setting = SETTINGS[name]
-    recalls = {
-        row: {cell: _recall(runs, *cell) for cell in _cells(setting, runs)}
+    found = {
+        row: {cell: _recall_and_dice(runs, *cell) for cell in _cells(setting, runs)}
         for row in setting.rows
         if (runs := load(name, row, seeds))
     }
-    if not setting.never_annotated or "oracle" not in recalls:
+    if not setting.never_annotated or "oracle" not in found:
         return ""
-    oracle = recalls["oracle"]
+    oracle = found["oracle"]
     header = [
         f"{sequence} {key}{' (never)' if key in setting.never_annotated[sequence] else ''}"
         for sequence, key in oracle
     ]
-    rows = [
-        [row, *(f"{recall[cell]:.3f} ({recall[cell] / oracle[cell]:.2f})" for cell in oracle)]
-        for row, recall in recalls.items()
-    ]
+    rows = []
+    for row, cells in found.items():
+        texts = []
+        for cell, (recall, dice) in cells.items():
+            share = recall / oracle[cell][0] if oracle[cell][0] else float("nan")
+            texts.append(f"{recall:.3f} ({share:.2f}), {dice:.3f}")
+        rows.append([row, *texts])
     return (
-        "\n\nRecall, and its share of the oracle's; never: no label in any training image of the "
-        f"sequence.\n\n{table(['row', *header], rows)}"
+        "\n\nRecall (its share of the oracle's), Dice; never: no label in any training image of "
+        f"the sequence. {setting.note}\n\n{table(['row', *header], rows)}"
     )
 
 
@@ -382,16 +390,20 @@ def _cells(setting: Setting, runs: Sequence[Mapping[str, Any]]) -> list[tuple[st
     return [(sequence, key) for sequence in setting.never_annotated for key in classes]
 
 
-def _recall(runs: Sequence[Mapping[str, Any]], sequence: str, key: str) -> float:
-    """Return the mean over the cases of a sequence that show the class, and seeds."""
+def _recall_and_dice(
+    runs: Sequence[Mapping[str, Any]], sequence: str, key: str
+) -> tuple[float, float]:
+    """Return means over seeds and the cases of a sequence that show the class."""
     found = [
-        (tp, fn)
+        (tp / (tp + fn), dice)
         for run in runs
         for case, of_classes in run["dice_tp_fn"].items()
         if sequence in case
-        for _, tp, fn in (of_classes[key],)
+        for dice, tp, fn in (of_classes[key],)
+        if tp + fn > 0
     ]
-    return float(np.mean([tp / (tp + fn) for tp, fn in found if tp + fn > 0]))
+    recall, dice = np.mean(found, axis=0)
+    return float(recall), float(dice)
 
 
 def _of_seeds(
@@ -406,7 +418,10 @@ def report(seeds: Sequence[int], work: Path) -> str:
     parts = []
     sources: dict[str, dict[str, Any]] = {}
     for name, setting in SETTINGS.items():
-        test = read_json(work / f"{setting.corpus}_test" / "dataset.json")
+        test_file = work / f"{setting.corpus}_test" / "dataset.json"
+        if not test_file.is_file():  # left out by --only
+            continue
+        test = read_json(test_file)
         parts.append(setting_table(name, seeds, test["subjects"]) + recall_table(name, seeds))
         for row in setting.rows:
             for run in load(name, row, seeds):

@@ -18,6 +18,7 @@ from nnmosaic.data_conversion.atomic_write import read_json
 from nnmosaic.data_conversion.case_check import read_image, read_label, reader_of
 from nnmosaic.data_conversion.dataset_json import DatasetJson
 from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.data_conversion.merge import matrix_warnings
 from nnmosaic.data_conversion.raw_dataset import Case
 from nnmosaic.planners.ledger import content_digest, file_times
 from nnmosaic.planners.source_statistics import (
@@ -178,6 +179,15 @@ def contents_of(fingerprint: Mapping[str, Any]) -> dict[str, str]:
     """Return case -> digest of its files."""
     cases = fingerprint[SECTION]["inputs"]["cases"]
     return {name: case["content"] for name, case in cases.items()}
+
+
+def learnability_warnings(fingerprint_file: Path) -> list[str]:
+    """Return what a user should know of who annotates what; nothing of nnU-Net's own fingerprint.
+
+    See `nnmosaic.data_conversion.merge.matrix_warnings`.
+    """
+    section = read_json(fingerprint_file).get(SECTION)
+    return [] if section is None else matrix_warnings(section["class_source_matrix"])
 
 
 def _inputs(

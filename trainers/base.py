@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnmosaic.data_conversion.atomic_write import read_json, write_json
-from nnmosaic.data_conversion.merge import matrix_warnings
+from nnmosaic.data_conversion.atomic_write import write_json
+from nnmosaic.planners.fingerprint import learnability_warnings
 from nnmosaic.planners.preprocessing import FULL_REFERENCES_FOLDER
 from nnmosaic.planners.splits import ensure_splits
 from nnmosaic.trainers.masked_evaluation import evaluate_folder
@@ -43,7 +43,7 @@ class nnUNetTrainerMosaic(ResumableTrainer):
     OPTIONS: ClassVar[tuple[str, ...]] = ("mirroring",)
 
     mirroring: bool = True
-    """Mirror images in training and prediction. Without, place alone can tell left from right."""
+    """Mirror images in training and prediction. Without, left and right organs differ by side."""
     iteration: int = 0
     """Steps since the start of the training; an epoch that is repeated counts once."""
 
@@ -256,10 +256,8 @@ class nnUNetTrainerMosaic(ResumableTrainer):
             full_references=full if full.is_dir() else None,
             allow_missing=True,
         )
-        fingerprint = read_json(base / "dataset_fingerprint.json")
-        if "nnmosaic" in fingerprint:  # nnU-Net's own command makes one without
-            matrix = fingerprint["nnmosaic"]["class_source_matrix"]
-            summary["warnings"] = [*matrix_warnings(matrix), *summary["warnings"]]
+        of_dataset = learnability_warnings(base / "dataset_fingerprint.json")
+        summary["warnings"] = [*of_dataset, *summary["warnings"]]
         (folder / "summary.json").replace(folder / "summary_raw.json")
         write_json(summary, folder / "summary.json")
         write_figure(summary, folder, file_ending=self.dataset.file_ending)

@@ -12,7 +12,7 @@ CELL = (1.1, 0.45)
 """Width and height of a cell in inches."""
 CLASS_WIDTH, SOURCE_WIDTH = 28, 13
 """Characters of a name in one line."""
-WARNING_WIDTH = 70
+WARNING_WIDTH, MAX_WARNINGS = 70, 4
 DARK = 0.6
 """Dice below which the colour of a cell needs white text."""
 
@@ -66,8 +66,10 @@ def write_figure(summary: Mapping[str, Any], folder: Path, *, file_ending: str) 
         "or predicted volume per case",
         fontsize="medium", loc="left",
     )  # fmt: skip
-    warnings = "\n".join(fill(warning, WARNING_WIDTH) for warning in summary["warnings"])
-    axes.set_xlabel(warnings, fontsize="small", loc="left", parse_math=False)
+    warnings = [fill(warning, WARNING_WIDTH) for warning in summary["warnings"][:MAX_WARNINGS]]
+    if (more := len(summary["warnings"]) - MAX_WARNINGS) > 0:
+        warnings.append(f"... and {more} more in summary.json")
+    axes.set_xlabel("\n".join(warnings), fontsize="small", loc="left", parse_math=False)
     bar = figure.add_axes((1 + 0.2 / figure.get_figwidth(), 0, 0.12 / figure.get_figwidth(), 1))
     figure.colorbar(colours, cax=bar, label="Dice")
     file_type = "svg" if file_ending.lower() == ".png" else "png"

@@ -21,7 +21,11 @@ SUMMARY: dict[str, Any] = {
         "B": {"1": {"predicted_ml": 3.0, "recall": 0.456, "false_positive_ml": 1.24}},
         "C": {"1": {"predicted_ml": 0.0412}, "2": {"predicted_ml": 0.0}},
     },
-    "warnings": ["Class 'liver' costs $ and says nothing.", "No source annotates every class."],
+    "warnings": [
+        "Class 'liver' costs $ and says nothing.",
+        "No source annotates every class.",
+        *"cdef",
+    ],
 }
 
 
@@ -46,7 +50,8 @@ def test_each_cell_says_what_is_known(tmp_path: Path, monkeypatch: pytest.Monkey
     assert hatched == [(0, 1), (0, 2), (1, 0), (1, 2)]
     names = [label.get_text().replace("\n", " ") for label in axes.get_yticklabels()]
     assert names == ["liver", "cost $a$ and $", "liver + cost $a$ and $"]
-    assert axes.get_xlabel().split("\n") == SUMMARY["warnings"]
+    below = [*SUMMARY["warnings"][:4], "... and 2 more in summary.json"]
+    assert axes.get_xlabel().split("\n") == below
     assert [path.name for path in tmp_path.iterdir()] == ["validation.png"]
     assert (tmp_path / "validation.png").read_bytes().startswith(b"\x89PNG")
 

@@ -128,7 +128,7 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
         return make_loaders(self, loader)
 
     def _guaranteed_foreground(self) -> float:
-        """Return the share of samples in which nnU-Net guarantees foreground."""
+        """Return the share of this process's samples in which nnU-Net guarantees foreground."""
         if self.probabilistic_oversampling:
             return float(self.oversample_foreground_percent)
         anywhere = round(self.batch_size * (1 - self.oversample_foreground_percent))
@@ -141,7 +141,7 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
         contrast, and the network learns to find the organ in any.
         """
         batch = super().augmented(batch)
-        if not self._has_sources or self.random_contrast == 0:
+        if not self._has_sources or not self.random_contrast > 0:
             return batch
         counter = (self.run_settings.seed or 0, self.local_rank, self.iteration, CONTRAST)
         images = with_random_contrast(

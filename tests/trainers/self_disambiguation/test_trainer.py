@@ -107,6 +107,9 @@ EVERYTHING = {
 }  # fmt: skip
 
 
+MORE = {"loss_form": "authors", "random_contrast": "1", "sampling": "class_first"}
+
+
 @pytest.mark.slow
 def test_teacher_and_heads_learn_and_go_on_from_a_checkpoint(make_trainer: Make) -> None:
     trainer = make_trainer(nnUNetTrainerSelfDisambiguation, PARTIAL, options=EVERYTHING)
@@ -180,7 +183,7 @@ def test_without_declared_sources_every_option_leaves_nnunet_as_it_is(make_train
     weights = []
     for cls, settings in (
         (nnUNetTrainerMosaic, {}),
-        (nnUNetTrainerSelfDisambiguation, {"options": {**EVERYTHING, "loss_form": "authors"}}),
+        (nnUNetTrainerSelfDisambiguation, {"options": {**EVERYTHING, **MORE}}),
     ):
         trainer = make_trainer(cls, seed=1, **settings)
         trainer.on_train_start()
@@ -270,7 +273,7 @@ from nnmosaic.trainers.self_disambiguation.source_heads import (
     SourceHeads, consistency_loss, own_label_loss)
 rank, folder, world = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 ddp = world > 1
-data, target, table, tables, sparse = torch.load(f"{folder}/inputs.pt")
+data, target, table, tables, sparse, mixed = torch.load(f"{folder}/inputs.pt")
 torch.manual_seed(0)
 class Model(torch.nn.Module):
     def __init__(self):
@@ -301,9 +304,13 @@ for batch_dice in (True, False):
     loss.backward()
     gradients.append([p.grad.clone() for p in model.parameters()])
 every = torch.arange(4).expand(len(y), 4)  # of a source that annotates all
-for loss_of in ("nnunet", "batch", "authors"):
+for loss_of in ("nnunet", "batch", "authors", "of which one process knows less"):
     logits, (own, _) = wrapped(data[mine], sources, sources)
-    if loss_of == "authors":
+    if loss_of.startswith("of which"):
+        tables_of = torch.cat([torch.arange(4).expand(2, 4), tables[[1, 1]]])
+        loss = GroupedDiceCELoss(None, batch_dice=False, **options)(
+            logits, mixed[mine], tables_of[mine])
+    elif loss_of == "authors":
         loss = AuthorsLoss(**options)(logits, sparse[mine], every)
     else:
         how = {"batch_dice": loss_of == "batch", "smooth": 1e-5, "do_bg": False, "ddp": False}
@@ -332,7 +339,11 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     target[0, :, :3] = 4  # unequal numbers of annotated voxels
     sparse = raw.clone()
     sparse[0] = sparse[2, :, 1:] = 4  # the first process has one sample that says something
-    torch.save((data, target, table, tables, sparse), tmp_path / "inputs.pt")
+    mixed = sparse.clone()
+    mixed[2:] = torch.where(mixed[2:] < 4, tables[1][mixed[2:] % 4], 4)
+    mixed[3] = 4  # in each process a sample is ignored, but only one is complete
+    inputs = (data, target, table, tables, sparse, mixed)
+    torch.save(inputs, tmp_path / "inputs.pt")
     command = [sys.executable, "-c", TWO_PROCESSES]
     runs = [
         subprocess.Popen([*command, str(rank), str(tmp_path), str(world)])
