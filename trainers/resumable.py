@@ -271,9 +271,7 @@ class ResumableTrainer(nnUNetTrainer):
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             EXTRA: {
                 # With all options: their defaults may be others when the training goes on.
-                "run_settings": replace(
-                    self.run_settings, options=options_of(self) or None
-                ).given(),
+                "run_settings": replace(self.run_settings, options=options_of(self)).given(),
                 "seconds_trained": self._seconds_trained(),
                 **self.method_state(),
             },
