@@ -141,7 +141,7 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
         contrast, and the network learns to find the organ in any.
         """
         batch = super().augmented(batch)
-        if not self._has_sources or not self.random_contrast > 0:
+        if not self._has_sources or self.random_contrast <= 0:
             return batch
         counter = (self.run_settings.seed or 0, self.local_rank, self.iteration, CONTRAST)
         images = with_random_contrast(
@@ -244,7 +244,7 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
     ) -> dict[str, Tensor]:
         features: Any = self._features
         self._features = None
-        # Every second plane, and the others in the next step: half of the time.
+        # Every second plane, and the others in the next step: a quarter less time.
         half = (slice(None), slice(None), slice(self.iteration % 2, None, 2))
         features, logits, target = features[half], logits[half], target[half]
         names = [source.source for source in self.dataset.sources()]
