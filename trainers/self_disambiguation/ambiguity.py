@@ -42,18 +42,8 @@ def ambiguous_groups(
             yield b, list(range(len(table))), target[b, 0] == ignore_label
 
 
-def conditional_entropy(
-    logits: Tensor,
-    target: Tensor,
-    representatives: Tensor,
-    *,
-    ignore_label: int | None = None,
-    ddp: bool = False,
-) -> Tensor:
-    """Return the mean entropy inside the possible classes, over ambiguous voxels (2.9).
-
-    Its chain rule: entropy of softmax = entropy of the group probabilities + P(group) times this.
-    It is a softmax restricted to the set, so it cannot fall by moving probability out of it.
+class OpenVoxels:
+    """Softmax over the classes that labels leave open, shared by the terms on it.
 
     Parameters
     ----------
@@ -63,56 +53,67 @@ def conditional_entropy(
         As in `ambiguous_groups`.
     ddp : bool
         See `average`.
-
-    Returns
-    -------
-    Tensor, shape ()
-        In nats; exactly 0 if no voxel is ambiguous.
     """
-    total, count = _zero(logits), _zero(logits)
-    channels = class_channels(logits)
-    for b, classes, voxels in ambiguous_groups(target, representatives, ignore_label):
-        log_p = _log_softmax(channels[b], classes)
-        total = total - ((log_p.exp() * log_p).sum(0) * voxels).sum()
-        count = count + voxels.sum()
-    return average(total, count, ddp=ddp)
 
+    def __init__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        representatives: Tensor,
+        *,
+        ignore_label: int | None = None,
+        ddp: bool = False,
+    ) -> None:
+        channels = class_channels(logits)
+        self._groups = [
+            (b, classes, voxels, torch.log_softmax(_stacked(channels[b], classes), 0))
+            for b, classes, voxels in ambiguous_groups(target, representatives, ignore_label)
+        ]
+        self._none = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        self._count = sum((voxels.sum() for _, _, voxels, _ in self._groups), self._none)
+        self._ddp = ddp
 
-def teacher_cross_entropy(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-    representatives: Tensor,
-    *,
-    threshold: float,
-    ignore_label: int | None = None,
-    ddp: bool = False,
-) -> Tensor:
-    """Return the cross-entropy with a teacher, both restricted to the possible classes (7.3.2).
+    def conditional_entropy(self) -> Tensor:
+        """Return the mean entropy inside the possible classes, over ambiguous voxels (2.9).
 
-    Parameters
-    ----------
-    logits, teacher_logits : Tensor, shape (B, C, *spatial)
-        No gradient goes to the teacher.
-    target, representatives, ignore_label, ddp
-        As in `conditional_entropy`.
-    threshold : float
-        The teacher counts where its greatest probability among the possible classes is above this.
+        Its chain rule: entropy of softmax = entropy of the group probabilities + P(group) times
+        this. It is a softmax restricted to the set, so it cannot fall by moving probability out of
+        it.
 
-    Returns
-    -------
-    Tensor, shape ()
-        Sum over voxels with a sure teacher, divided by the number of ambiguous voxels: small while
-        the teacher is unsure. Exactly 0 if no voxel is ambiguous.
-    """
-    total, count = _zero(logits), _zero(logits)
-    channels, teacher = class_channels(logits), class_channels(teacher_logits.detach())
-    for b, classes, voxels in ambiguous_groups(target, representatives, ignore_label):
-        goal = _log_softmax(teacher[b], classes).exp()
-        sure = voxels & (goal.amax(0) > threshold)
-        total = total - ((goal * _log_softmax(channels[b], classes)).sum(0) * sure).sum()
-        count = count + voxels.sum()
-    return average(total, count, ddp=ddp)
+        Returns
+        -------
+        Tensor, shape ()
+            In nats; exactly 0 if no voxel is ambiguous.
+        """
+        total = self._none
+        for _, _, voxels, log_p in self._groups:
+            total = total - (log_p.exp() * log_p * voxels).sum()
+        return average(total, self._count, ddp=self._ddp)
+
+    def teacher_cross_entropy(self, teacher_logits: Tensor, threshold: float) -> Tensor:
+        """Return the cross-entropy with a teacher, both restricted to the possible classes (7.3.2).
+
+        Parameters
+        ----------
+        teacher_logits : Tensor, shape (B, C, *spatial)
+            No gradient goes to the teacher.
+        threshold : float
+            The teacher counts where its greatest probability among the possible classes is above
+            this.
+
+        Returns
+        -------
+        Tensor, shape ()
+            Sum over voxels with a sure teacher, divided by the number of ambiguous voxels: small
+            while the teacher is unsure. Exactly 0 if no voxel is ambiguous.
+        """
+        total = self._none
+        channels = class_channels(teacher_logits.detach())
+        for b, classes, voxels, log_p in self._groups:
+            goal = torch.softmax(_stacked(channels[b], classes), 0)
+            sure = voxels & (goal.amax(0) > threshold)
+            total = total - (goal * sure * log_p).sum()
+        return average(total, self._count, ddp=self._ddp)
 
 
 def class_channels(logits: Tensor) -> list[tuple[Tensor, ...]]:
@@ -124,9 +125,5 @@ def class_channels(logits: Tensor) -> list[tuple[Tensor, ...]]:
     return [sample.unbind(0) for sample in logits.unbind(0)]
 
 
-def _log_softmax(channels: Sequence[Tensor], classes: list[int]) -> Tensor:
-    return torch.log_softmax(torch.stack([channels[c] for c in classes]), 0)
-
-
-def _zero(logits: Tensor) -> Tensor:
-    return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+def _stacked(channels: Sequence[Tensor], classes: list[int]) -> Tensor:
+    return torch.stack([channels[c] for c in classes])

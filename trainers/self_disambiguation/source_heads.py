@@ -9,11 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from nnmosaic.trainers.averaging import average
 from nnmosaic.trainers.self_disambiguation.ambiguity import ambiguous_groups, class_channels
-from nnmosaic.trainers.self_disambiguation.loss import NO_LABEL
 
 
 class SourceHeads(nn.Module):
@@ -64,7 +62,6 @@ def own_label_loss(
     target: Tensor,
     own: Sequence[int | None],
     *,
-    ignore_label: int | None = None,
     ddp: bool = False,
 ) -> Tensor:
     """Return the cross-entropy of every sample's own head with its labels.
@@ -78,8 +75,8 @@ def own_label_loss(
     target : Tensor, shape (B, 1, *spatial)
     own : sequence of int or None
         The head of each sample; None: it has none.
-    ignore_label, ddp
-        As in `nnmosaic.trainers.self_disambiguation.loss.grouped_cross_entropy`.
+    ddp : bool
+        See `average`.
 
     Returns
     -------
@@ -89,15 +86,9 @@ def own_label_loss(
     total = heads[0].new_zeros(())
     count = heads[0].new_zeros(())
     for logits, labels, s in zip(heads, target, own, strict=True):
-        stored = [] if s is None else groups[s]
-        highest = max(int(v) for v in (*groups[s or 0], ignore_label or 0))
-        channel_of = torch.full((highest + 1,), NO_LABEL, device=target.device)
-        channel_of[stored] = torch.arange(len(stored), device=target.device)
-        channel = channel_of[labels.long()] if stored else torch.full_like(labels.long(), NO_LABEL)
-        total = total + functional.cross_entropy(
-            logits[None], channel, ignore_index=NO_LABEL, reduction="sum"
-        )
-        count = count + (channel != NO_LABEL).sum()
+        annotated = torch.stack([labels[0] == value for value in groups[s or 0]]) & (s is not None)
+        total = total - (torch.log_softmax(logits, 0) * annotated).sum()
+        count = count + annotated.sum()
     return average(total, count, ddp=ddp)
 
 

@@ -16,10 +16,7 @@ from nnmosaic.trainers.ema_teacher import TeacherTrainer, forgetting_momentum
 from nnmosaic.trainers.generator import generator_of
 from nnmosaic.trainers.options import Fraction
 from nnmosaic.trainers.resumable import plain_network
-from nnmosaic.trainers.self_disambiguation.ambiguity import (
-    conditional_entropy,
-    teacher_cross_entropy,
-)
+from nnmosaic.trainers.self_disambiguation.ambiguity import OpenVoxels
 from nnmosaic.trainers.self_disambiguation.authors_loss import AuthorsLoss, full_entropy
 from nnmosaic.trainers.self_disambiguation.loss import (
     GroupedDiceCELoss,
@@ -217,18 +214,18 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
         labels = (target, self._representatives(batch))
         common: dict[str, Any] = {"ignore_label": self.label_manager.ignore_label}
         ddp, ramp = self.is_ddp, self._ramp()
+        teacher = self.teacher if self._learns_from_teacher else None
+        if self.entropy == "conditional" or teacher is not None:
+            inside = OpenVoxels(full, *labels, ddp=ddp, **common)
         if self.entropy == "conditional":
-            value = conditional_entropy(full, *labels, ddp=ddp, **common)
-            terms["conditional_entropy"] = self.entropy_weight * ramp * value
+            terms["conditional_entropy"] = self.entropy_weight * ramp * inside.conditional_entropy()
         elif self.entropy == "full":
             terms["full_entropy"] = (
                 self.entropy_weight * ramp * full_entropy(full, target, **common)
             )
-        if self._learns_from_teacher and self.teacher is not None:
-            goal = self.teacher(batch.get("as_drawn", batch["data"]))
-            value = teacher_cross_entropy(
-                full, goal, *labels, threshold=self.teacher_threshold, ddp=ddp, **common
-            )
+        if teacher is not None:
+            goal = teacher(batch.get("as_drawn", batch["data"]))
+            value = inside.teacher_cross_entropy(goal, self.teacher_threshold)
             terms["teacher"] = self.teacher_weight * ramp * value
         if self._heads is not None:
             terms |= self._head_losses(batch, full, *labels, {"ddp": ddp, **common})
@@ -259,7 +256,7 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
             others.append(rest[int(torch.randint(len(rest), ()))] if rest else None)
         mine, asked = self._heads(features, own, others)
         groups = plain_network(self._heads).groups
-        labelled = own_label_loss(mine, groups, target, own, **common)
+        labelled = own_label_loss(mine, groups, target, own, ddp=common["ddp"])
         agreement = consistency_loss(asked, logits, self._tables, target, table, others, **common)
         return {
             "source_heads": labelled,

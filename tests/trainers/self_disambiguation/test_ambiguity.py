@@ -5,10 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnmosaic.trainers.self_disambiguation.ambiguity import (
-    conditional_entropy,
-    teacher_cross_entropy,
-)
+from nnmosaic.trainers.self_disambiguation.ambiguity import OpenVoxels
 from nnmosaic.trainers.self_disambiguation.loss import group_log_probabilities
 from tests.trainers.self_disambiguation.golden import (
     COMPLETE,
@@ -26,7 +23,7 @@ def each_voxel(z: Tensor, y: Tensor, table: Tensor) -> Tensor:
     values = torch.zeros_like(z[:, 0])
     for b, *v in np.ndindex(*values.shape):
         here = (slice(b, b + 1), slice(None), *(slice(n, n + 1) for n in v))
-        values[(b, *v)] = conditional_entropy(z[here], y[here], table[b : b + 1])
+        values[(b, *v)] = OpenVoxels(z[here], y[here], table[b : b + 1]).conditional_entropy()
     return values
 
 
@@ -44,7 +41,9 @@ def test_golden_entropies_and_chain_rule_t15() -> None:
     assert weighted[1].abs().max().item() == 0.0
     ambiguous = y[0, 0] == 0
     assert weighted[0][ambiguous].mean().item() == pytest.approx(0.3413406308, abs=1e-9)
-    assert conditional_entropy(z, y, PARTIAL).item() == pytest.approx(0.5627618612, abs=1e-9)
+    assert OpenVoxels(z, y, PARTIAL).conditional_entropy().item() == pytest.approx(
+        0.5627618612, abs=1e-9
+    )
 
 
 def test_chain_rule_t15_with_two_ambiguous_groups() -> None:
@@ -60,15 +59,15 @@ def test_chain_rule_t15_with_two_ambiguous_groups() -> None:
 
 def test_t2_complete_sources_have_none() -> None:
     z, y = golden_logits(), golden_target(COMPLETE)
-    assert conditional_entropy(z, y, COMPLETE).item() == 0.0
-    assert teacher_cross_entropy(z, z, y, COMPLETE, threshold=0.0).item() == 0.0
+    assert OpenVoxels(z, y, COMPLETE).conditional_entropy().item() == 0.0
+    assert OpenVoxels(z, y, COMPLETE).teacher_cross_entropy(z, 0.0).item() == 0.0
 
 
 def test_every_class_is_possible_at_an_ignored_voxel() -> None:
     z = golden_logits()
     y = torch.full_like(golden_target(), IGNORE)
     full = -(torch.softmax(z, 1) * torch.log_softmax(z, 1)).sum(1).mean()
-    value = conditional_entropy(z, y, PARTIAL, ignore_label=IGNORE)
+    value = OpenVoxels(z, y, PARTIAL, ignore_label=IGNORE).conditional_entropy()
     assert value.item() == pytest.approx(full.item(), abs=1e-12)
     assert full.item() == pytest.approx(1.0421136032, abs=1e-9)
 
@@ -76,7 +75,7 @@ def test_every_class_is_possible_at_an_ignored_voxel() -> None:
 def test_entropy_does_not_see_how_likely_the_group_is() -> None:
     z, y = golden_logits(), golden_target()
     z.requires_grad_()
-    (g,) = torch.autograd.grad(conditional_entropy(z, y, PARTIAL), z)
+    (g,) = torch.autograd.grad(OpenVoxels(z, y, PARTIAL).conditional_entropy(), z)
     assert g[0, [1, 3]].abs().max().item() == 0.0
     assert g[0, [0, 2, 4]].sum(0).abs().max().item() < 1e-12
 
@@ -105,7 +104,7 @@ def test_teacher_equals_the_slow_loop(table: Tensor, threshold: float, planar: b
     if planar:
         z, y = z[..., 2], y[..., 2]
     teacher = z.flip(1) * 1.3
-    value = teacher_cross_entropy(z, teacher, y, table, threshold=threshold, ignore_label=IGNORE)
+    value = OpenVoxels(z, y, table, ignore_label=IGNORE).teacher_cross_entropy(teacher, threshold)
     assert value.item() == pytest.approx(slow_teacher(z, teacher, y, table, threshold), abs=1e-9)
 
 
@@ -113,10 +112,10 @@ def test_gradients() -> None:
     z = golden_logits()[:, :, :2, :2, :2].clone().requires_grad_()
     y = golden_target(MERGED)[:, :, :2, :2, :2]
     teacher = z.detach().flip(1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: conditional_entropy(x, y, MERGED), z)
-    learnt = teacher_cross_entropy(z, teacher, y, MERGED, threshold=0.5)
+    assert torch.autograd.gradcheck(lambda x: OpenVoxels(x, y, MERGED).conditional_entropy(), z)
+    learnt = OpenVoxels(z, y, MERGED).teacher_cross_entropy(teacher, 0.5)
     assert torch.autograd.gradcheck(
-        lambda x: teacher_cross_entropy(x, teacher.detach(), y, MERGED, threshold=0.5), z
+        lambda x: OpenVoxels(x, y, MERGED).teacher_cross_entropy(teacher.detach(), 0.5), z
     )
     learnt.backward()
     assert teacher.grad is None
@@ -131,9 +130,8 @@ def test_t13_t14_extreme_logits_stay_finite(
     z = (golden_logits() * scale).to(dtype).requires_grad_()
     y = golden_target(table)
     y[:, :, 0] = IGNORE
-    value = conditional_entropy(z, y, table, ignore_label=IGNORE) + teacher_cross_entropy(
-        z, z.flip(1), y, table, threshold=0.9, ignore_label=IGNORE
-    )
+    inside = OpenVoxels(z, y, table, ignore_label=IGNORE)
+    value = inside.conditional_entropy() + inside.teacher_cross_entropy(z.flip(1), 0.9)
     (g,) = torch.autograd.grad(value, z)
     assert torch.isfinite(value)
     assert torch.isfinite(g).all()

@@ -41,11 +41,11 @@ def test_a_head_has_the_labels_of_its_source() -> None:
 def test_each_sample_teaches_its_own_head() -> None:
     heads = [log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]) for _ in range(2)]
     target = torch.tensor([[[1, 2]], [[3, 9]]])
-    value = own_label_loss(heads, GROUPS, target, [0, 1], ignore_label=9)
+    value = own_label_loss(heads, GROUPS, target, [0, 1])
     expected = -(math.log(0.25) + math.log(0.1) + math.log(0.25)) / 3
     assert value.item() == pytest.approx(expected)
     heads[0].requires_grad_()  # under DDP every process must reach the heads
-    nothing = own_label_loss(heads, GROUPS, target, [None, None], ignore_label=9)
+    nothing = own_label_loss(heads, GROUPS, target, [None, None])
     assert nothing.item() == 0.0
     assert nothing.requires_grad
 

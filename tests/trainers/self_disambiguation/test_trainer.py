@@ -267,8 +267,7 @@ from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnmosaic.trainers.self_disambiguation.authors_loss import AuthorsLoss
 from nnmosaic.trainers.self_disambiguation.loss import GroupedDiceCELoss
-from nnmosaic.trainers.self_disambiguation.ambiguity import (
-    conditional_entropy, teacher_cross_entropy)
+from nnmosaic.trainers.self_disambiguation.ambiguity import OpenVoxels
 from nnmosaic.trainers.self_disambiguation.source_heads import (
     SourceHeads, consistency_loss, own_label_loss)
 rank, folder, world = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -296,9 +295,10 @@ for batch_dice in (True, False):
     others = [1 - s for s in sources]
     logits, (own, asked) = wrapped(data[mine], sources, others)
     loss = GroupedDiceCELoss(None, batch_dice=batch_dice, **options)(logits, y, t)
-    loss = loss + conditional_entropy(logits, y, t, **options)
-    loss = loss + teacher_cross_entropy(logits, logits.flip(1), y, t, threshold=0.3, **options)
-    loss = loss + own_label_loss(own, model.heads.groups, y, sources, **options)
+    inside = OpenVoxels(logits, y, t, **options)
+    loss = loss + inside.conditional_entropy()
+    loss = loss + inside.teacher_cross_entropy(logits.flip(1), 0.3)
+    loss = loss + own_label_loss(own, model.heads.groups, y, sources, ddp=ddp)
     loss = loss + consistency_loss(asked, logits, tables, y, t, others, **options)
     model.zero_grad()
     loss.backward()
