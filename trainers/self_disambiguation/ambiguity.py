@@ -90,16 +90,18 @@ class OpenVoxels:
             total = total - (log_p.exp() * log_p * voxels).sum()
         return average(total, self._count, ddp=self._ddp)
 
-    def teacher_cross_entropy(self, teacher_logits: Tensor, threshold: float) -> Tensor:
+    def teacher_cross_entropy(
+        self, teacher_logits: Tensor, threshold: float, foreground_threshold: float
+    ) -> Tensor:
         """Return the cross-entropy with a teacher, both restricted to the possible classes (7.3.2).
 
         Parameters
         ----------
         teacher_logits : Tensor, shape (B, C, *spatial)
             No gradient goes to the teacher.
-        threshold : float
-            The teacher counts where its greatest probability among the possible classes is above
-            this.
+        threshold, foreground_threshold : float
+            The teacher counts where its probability of the background, among the possible classes,
+            is above the first, or that of another class above the second.
 
         Returns
         -------
@@ -111,8 +113,10 @@ class OpenVoxels:
         channels = class_channels(teacher_logits.detach())
         for b, classes, voxels, log_p in self._groups:
             goal = torch.softmax(_stacked(channels[b], classes), 0)
-            sure = voxels & (goal.amax(0) > threshold)
-            total = total - (goal * sure * log_p).sum()
+            sure = torch.zeros_like(voxels)
+            for c, probability in zip(classes, goal, strict=True):
+                sure |= probability > (foreground_threshold if c else threshold)
+            total = total - (goal * (sure & voxels) * log_p).sum()
         return average(total, self._count, ddp=self._ddp)
 
 

@@ -15,22 +15,41 @@ SAMPLE = 10000
 """About so many voxels are looked at for quantiles."""
 LEVELS = 4096
 """Intensities that are told apart."""
+TAIL = 4.0
+"""Values of a curve are raised to a power between the inverse of this and this: how many tissues
+are bright differs between sequences."""
+OWN = 0.5
+"""Share of the annotated structures that get an intensity of their own."""
+OWN_MEAN, OWN_SPREAD = (-1.5, 3.5), (0.7, 1.5)
+"""Of such a structure: new mean, in standard deviations of the image above its mean, and the factor
+of its own contrast."""
 
 
 def with_random_contrast(
-    images: Tensor, share: float, generator: torch.Generator, *, masked: Sequence[bool]
+    images: Tensor,
+    labels: Tensor,
+    share: float,
+    generator: torch.Generator,
+    *,
+    masked: Sequence[bool],
+    classes: int,
 ) -> Tensor:
-    """Return images of which a share has its intensities on random curves that rise and fall.
+    """Return images of which a share has another contrast, as of another sequence.
 
-    A curve is linear between points at random quantiles of the intensities, so that tissues come
-    apart however near each other they are; the darkest voxels stay the darkest. Mean and standard
-    deviation stay as they were. After the random intensity curves of Zhou et al. (Models Genesis,
-    Medical Image Analysis 2021).
+    Some annotated structures get an intensity of their own: a curve alone cannot part tissues that
+    are alike. Then all intensities follow a random curve that rises and falls. It is linear between
+    points at random quantiles of the intensities, so that tissues come apart however near each
+    other they are; the darkest voxels stay the darkest. Mean and standard deviation stay as they
+    were. After the random intensity curves of Zhou et al. (Models Genesis, Medical Image Analysis
+    2021) and the random intensities of labelled structures of Billot et al. (SynthSeg, Medical
+    Image Analysis 2023).
 
     Parameters
     ----------
     images : Tensor, shape (B, channels, *spatial)
-        Every channel has a curve of its own.
+        Every channel has a contrast of its own.
+    labels : Tensor, shape (B, 1, *spatial)
+        Structures have the integers below ``classes``; 0 is what has no label.
     share : float
         Probability of an image to be changed.
     generator : torch.Generator
@@ -38,19 +57,57 @@ def with_random_contrast(
     masked : sequence of bool
         For each intensity channel, whether it is 0 outside of the object, and stays so (nnU-Net's
         ``use_mask_for_norm``). Channels after these, a cascade's, stay as they are.
+    classes : int
+        Number of classes, background included.
     """
     changed = images.clone()
-    for image in changed:
+    for image, label in zip(changed, labels[:, 0], strict=True):
         if torch.rand((), generator=generator) < share:
             for channel, is_masked in zip(image, masked, strict=False):
-                channel.copy_(on_curve(channel, *_random_curve(generator), masked=is_masked))
+                new = with_own_intensities(channel, label, classes, generator, masked=is_masked)
+                channel.copy_(on_curve(new, *_random_curve(generator), masked=is_masked))
     return changed
+
+
+def with_own_intensities(
+    channel: Tensor,
+    labels: Tensor,
+    classes: int,
+    generator: torch.Generator,
+    *,
+    masked: bool = False,
+) -> Tensor:
+    """Return an image in which some of the annotated structures are darker or brighter.
+
+    Parameters
+    ----------
+    channel, labels : Tensor, shape (*spatial)
+    classes, generator, masked
+        As in `with_random_contrast`.
+    """
+    old = channel.float()
+    new = old
+    for c in range(1, classes):
+        chosen, mean, spread = torch.rand(3, generator=generator).tolist()
+        if chosen < OWN:
+            here = labels == c
+            if masked:
+                here = here & (old != 0)
+            its_mean = (old * here).sum() / here.sum().clamp_min(1)
+            goal = old.mean() + _between(*OWN_MEAN, mean) * old.std()
+            new = torch.where(here, (old - its_mean) * _between(*OWN_SPREAD, spread) + goal, new)
+    return new.to(channel.dtype)
+
+
+def _between(low: float, high: float, part: float) -> float:
+    return low + (high - low) * part
 
 
 def _random_curve(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     points = int(torch.randint(KNOTS[0], KNOTS[1] + 1, (), generator=generator))
     inner = torch.rand(points - 2, generator=generator).sort().values
-    return inner, torch.cat([torch.zeros(1), torch.rand(points - 1, generator=generator)])
+    values = torch.cat([torch.zeros(1), torch.rand(points - 1, generator=generator)])
+    return inner, values**TAIL ** (2 * torch.rand((), generator=generator) - 1)
 
 
 def on_curve(channel: Tensor, fractions: Tensor, values: Tensor, *, masked: bool = False) -> Tensor:

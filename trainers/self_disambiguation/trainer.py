@@ -51,8 +51,9 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
         "loss_form", "focal_gamma", "entropy", "entropy_weight", "ramp", "ema_teacher",
-        "teacher_weight", "teacher_decay", "teacher_threshold", "source_heads",
-        "consistency_weight", "sampling", "sampling_cap", "random_contrast",
+        "teacher_weight", "teacher_decay", "teacher_threshold", "teacher_foreground_threshold",
+        "teacher_start", "source_heads", "consistency_weight", "sampling", "sampling_cap",
+        "random_contrast",
     )  # fmt: skip
 
     loss_form: Literal["nnunet", "authors"] = "nnunet"
@@ -70,7 +71,11 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
     teacher_weight: float = 1.0
     teacher_decay: Fraction = Fraction(0.99)
     teacher_threshold: Fraction = Fraction(0.9)
-    """Probability inside the group above which the teacher counts."""
+    """Probability of the background, inside the group, above which the teacher counts."""
+    teacher_foreground_threshold: Fraction = Fraction(0.9)
+    """The same for other classes: lower, the teacher's doubts do not make organs smaller."""
+    teacher_start: Fraction = Fraction(0)
+    """Fraction of the training without the teacher, before its ramp."""
     source_heads: bool = False
     """One head per source, which the main head must agree with on other sources' images (7.1)."""
     consistency_weight: float = 1.0
@@ -141,11 +146,14 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
         if not self._has_sources or self.random_contrast <= 0:
             return batch
         counter = (self.run_settings.seed or 0, self.local_rank, self.iteration, CONTRAST)
+        target = batch["target"]
         images = with_random_contrast(
             batch["data"],
+            target[0] if isinstance(target, list) else target,
             self.random_contrast,
             generator_of(*counter),
             masked=self.configuration_manager.use_mask_for_norm,
+            classes=len(self.dataset.labels),
         )
         return {**batch, "data": images, "as_drawn": batch["data"]}
 
@@ -214,7 +222,8 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
         labels = (target, self._representatives(batch))
         common: dict[str, Any] = {"ignore_label": self.label_manager.ignore_label}
         ddp, ramp = self.is_ddp, self._ramp()
-        teacher = self.teacher if self._learns_from_teacher else None
+        taught = self._ramp(self.teacher_start)
+        teacher = self.teacher if self._learns_from_teacher and taught > 0 else None
         if self.entropy == "conditional" or teacher is not None:
             inside = OpenVoxels(full, *labels, ddp=ddp, **common)
         if self.entropy == "conditional":
@@ -225,8 +234,10 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
             )
         if teacher is not None:
             goal = teacher(batch.get("as_drawn", batch["data"]))
-            value = inside.teacher_cross_entropy(goal, self.teacher_threshold)
-            terms["teacher"] = self.teacher_weight * ramp * value
+            value = inside.teacher_cross_entropy(
+                goal, self.teacher_threshold, self.teacher_foreground_threshold
+            )
+            terms["teacher"] = self.teacher_weight * taught * value
         if self._heads is not None:
             terms |= self._head_losses(batch, full, *labels, {"ddp": ddp, **common})
         return terms
@@ -263,8 +274,10 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
             "consistency": self.consistency_weight * self._ramp() * agreement,
         }
 
-    def _ramp(self) -> float:
-        done = max((self.current_epoch + 1) / self.num_epochs, self._spent_budget())
+    def _ramp(self, start: float = 0.0) -> float:
+        done = max((self.current_epoch + 1) / self.num_epochs, self._spent_budget()) - start
+        if done <= 0:
+            return 0.0
         return min(1.0, done / self.ramp) if self.ramp else 1.0
 
     # ---------------------------------------------------------------- teacher and heads

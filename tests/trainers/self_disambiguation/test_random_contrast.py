@@ -12,7 +12,10 @@ from nnmosaic.trainers.generator import generator_of
 from nnmosaic.trainers.self_disambiguation.random_contrast import (
     AIR,
     CUT,
+    OWN_MEAN,
+    OWN_SPREAD,
     on_curve,
+    with_own_intensities,
     with_random_contrast,
 )
 from nnmosaic.trainers.self_disambiguation.trainer import nnUNetTrainerSelfDisambiguation
@@ -80,20 +83,57 @@ def test_an_image_without_contrast_stays(value: float, masked: bool) -> None:
     assert torch.equal(on_curve(flat, MIDDLE, UP_AND_DOWN, masked=masked), flat)
 
 
-def test_images_and_channels_have_curves_of_their_own(image: Tensor) -> None:
+def test_some_structures_get_an_intensity_of_their_own(image: Tensor) -> None:
+    image = image + 0.1 * torch.randn(image.shape, generator=generator_of(1))
+    labels = torch.zeros_like(image)
+    labels[5:7], labels[9:11], labels[13:15] = 1, 2, 9  # 9: to be ignored, or of another dataset
+    changed: dict[int, list[bool]] = {1: [], 2: []}
+    for n in range(60):
+        new = with_own_intensities(image, labels, 4, generator_of(n))  # there is no class 3 here
+        assert torch.equal(new[(labels == 0) | (labels == 9)], image[(labels == 0) | (labels == 9)])
+        for c, found in changed.items():
+            here = labels == c
+            found.append(not torch.equal(new[here], image[here]))
+            if found[-1]:
+                level = (new[here].mean() - image.mean()) / image.std()
+                assert OWN_MEAN[0] - 1e-4 <= level <= OWN_MEAN[1] + 1e-4
+                factor = new[here].std() / image[here].std()
+                assert OWN_SPREAD[0] - 1e-3 <= factor <= OWN_SPREAD[1] + 1e-3
+    for found in changed.values():
+        assert 15 < sum(found) < 45
+    assert changed[1] != changed[2]
+
+
+def test_outside_of_a_mask_labels_change_nothing(image: Tensor) -> None:
+    image[:8] = 0
+    labels = torch.ones_like(image)
+    changed = [
+        with_own_intensities(image, labels, 2, generator_of(n), masked=True) for n in range(8)
+    ]
+    assert all(torch.equal(new[:8], image[:8]) for new in changed)
+    assert any(not torch.equal(new[8:], image[8:]) for new in changed)
+
+
+def test_images_and_channels_have_contrasts_of_their_own(image: Tensor) -> None:
     batch = image.repeat(40, 3, 1, 1, 1)
+    labels = (batch[:, :1] > 1).float()
     before = batch.clone()
-    masked = [False, False]  # the third channel is a cascade's
-    found = with_random_contrast(batch, 0.25, generator_of(0), masked=masked)
+
+    def contrast(images: Tensor, y: Tensor, share: float) -> Tensor:  # channel 3 is a cascade's
+        return with_random_contrast(
+            images, y, share, generator_of(0), masked=[False, False], classes=2
+        )
+
+    found = contrast(batch, labels, 0.25)
     assert torch.equal(batch, before)
     assert torch.equal(found[:, 2], batch[:, 2])
     changed = [not torch.equal(one, other) for one, other in zip(found, batch, strict=True)]
     assert 3 < sum(changed) < 20
     first = found[changed.index(True)]
     assert not torch.allclose(first[0], first[1])
-    again = with_random_contrast(batch, 0.25, generator_of(0), masked=masked)
-    assert torch.equal(again, found)
-    half = with_random_contrast(batch[..., 0].half(), 1.0, generator_of(0), masked=masked)
+    assert torch.equal(contrast(batch, labels, 0.25), found)
+    assert not torch.equal(contrast(batch, torch.zeros_like(labels), 0.25), found)
+    half = contrast(batch[..., 0].half(), labels[..., 0], 1.0)
     assert half.dtype == torch.float16
     assert torch.isfinite(half).all()
 

@@ -87,6 +87,23 @@ def test_conditional_entropy_is_a_term_only_when_switched_on(started: Any) -> No
     assert last.item() == pytest.approx(first.item() * started.num_epochs)
 
 
+def test_the_teacher_starts_when_it_is_told_to(make_trainer: Make) -> None:
+    options = {"ema_teacher": "true", "teacher_start": "0.5", "ramp": "0.25"}
+    trainer = make_trainer(nnUNetTrainerSelfDisambiguation, PARTIAL, options=options)
+    trainer.on_train_start()
+    trainer.num_epochs = 8
+    trainer.teacher_threshold = trainer.teacher_foreground_threshold = 0.0
+    batch = next(trainer.dataloader_train)
+    logits = trainer.network(batch["data"])
+    values = []
+    for trainer.current_epoch in (0, 3, 4, 5, 7):
+        term = trainer.auxiliary_losses(batch, logits).get("teacher")
+        values.append(None if term is None else term.item())
+    assert values[:2] == [None, None]  # not even asked
+    assert values[2] == pytest.approx(values[4] / 2)
+    assert values[3] == values[4] > 0
+
+
 def test_full_entropy_and_the_authors_loss_take_the_place_of_ours(make_trainer: Make) -> None:
     options = {"loss_form": "authors", "entropy": "full", "entropy_weight": "1", "ramp": "0"}
     trainer = make_trainer(nnUNetTrainerSelfDisambiguation, PARTIAL, options=options)
@@ -103,7 +120,7 @@ def test_full_entropy_and_the_authors_loss_take_the_place_of_ours(make_trainer: 
 
 EVERYTHING = {
     "entropy": "conditional", "ema_teacher": "true", "teacher_threshold": "0",
-    "source_heads": "true", "ramp": "0",
+    "teacher_foreground_threshold": "0", "source_heads": "true", "ramp": "0",
 }  # fmt: skip
 
 
@@ -297,7 +314,7 @@ for batch_dice in (True, False):
     loss = GroupedDiceCELoss(None, batch_dice=batch_dice, **options)(logits, y, t)
     inside = OpenVoxels(logits, y, t, **options)
     loss = loss + inside.conditional_entropy()
-    loss = loss + inside.teacher_cross_entropy(logits.flip(1), 0.3)
+    loss = loss + inside.teacher_cross_entropy(logits.flip(1), 0.3, 0.3)
     loss = loss + own_label_loss(own, model.heads.groups, y, sources, ddp=ddp)
     loss = loss + consistency_loss(asked, logits, tables, y, t, others, **options)
     model.zero_grad()
