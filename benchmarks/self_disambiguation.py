@@ -88,6 +88,10 @@ SOFT_TEACHER = {"ema_teacher": "true", "teacher_threshold": "0", "ramp": "0.5"}
 SIDES = {"mirroring": "false"}
 """There are a left and a right kidney."""
 ANY_CONTRAST = {**SIDES, "random_contrast": "1"}
+LATE_TEACHER = {
+    **SIDES, "random_contrast": "0.7", "ema_teacher": "true", "teacher_start": "0.5",
+    "ramp": "0.1", "teacher_threshold": "0.95", "teacher_foreground_threshold": "0.4",
+}  # fmt: skip
 ORACLE, MISSING = Row(("Full",), PLAIN), "missing as background"
 SETTINGS = {
     "disjoint": Setting(
@@ -139,9 +143,7 @@ SETTINGS = {
             "ours + random contrast": Row(("Organs",), options=ANY_CONTRAST),
             "ours": Row(("Organs",), options=SIDES),
             MISSING: Row(("Organs",), PLAIN, SIDES),
-            "ours + random contrast, teacher": Row(
-                ("Organs",), options={**ANY_CONTRAST, "ema_teacher": "true"}
-            ),
+            "ours + random contrast, late teacher": Row(("Organs",), options=LATE_TEACHER),
         },
         {"T1": ("kidney_right", "kidney_left"), "T2": ("liver", "spleen")},
         one_seed=True,

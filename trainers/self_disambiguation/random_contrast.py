@@ -15,9 +15,9 @@ SAMPLE = 10000
 """About so many voxels are looked at for quantiles."""
 LEVELS = 4096
 """Intensities that are told apart."""
-TAIL = 4.0
-"""Values of a curve are raised to a power between the inverse of this and this: how many tissues
-are bright differs between sequences."""
+POWERS = (0.5, 16.0)
+"""Least and greatest power that the values of a curve are raised to. High ones leave a few tissues
+bright by many standard deviations, as T2 with fat suppression does."""
 OWN = 0.5
 """Share of the annotated structures that get an intensity of their own."""
 OWN_MEAN, OWN_SPREAD = (-1.5, 3.5), (0.7, 1.5)
@@ -107,7 +107,9 @@ def _random_curve(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     points = int(torch.randint(KNOTS[0], KNOTS[1] + 1, (), generator=generator))
     inner = torch.rand(points - 2, generator=generator).sort().values
     values = torch.cat([torch.zeros(1), torch.rand(points - 1, generator=generator)])
-    return inner, values**TAIL ** (2 * torch.rand((), generator=generator) - 1)
+    least, greatest = POWERS
+    power = least * (greatest / least) ** torch.rand((), generator=generator)
+    return inner, values**power
 
 
 def on_curve(channel: Tensor, fractions: Tensor, values: Tensor, *, masked: bool = False) -> Tensor:
