@@ -68,6 +68,8 @@ class Setting:
         Plain 2D steps in the time of one of ours, from the start.
     after_plain : tuple of int
         Epochs of a plain 2D nnU-Net, and of ours after it, in the same time.
+    options : mapping
+        Of all rows.
     """
 
     title: str
@@ -76,6 +78,7 @@ class Setting:
     batch_size: int
     plain_steps: float
     after_plain: tuple[int, int]
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 OURS_ROW = "ours, on a plain 2D nnU-Net"
@@ -89,10 +92,12 @@ ROWS: Mapping[str, Row] = {
     "ours, window of centres": Row(options={"memory": "window"}, after_plain=True),
     "ours, automatic only": Row(options={"interactive_fraction": "0"}, after_plain=True),
 }
+SIDES = {"mirroring": "false"}
+"""There are a left and a right kidney."""
 SETTINGS: Mapping[str, Setting] = {
     "hippocampus": Setting("Hippocampus", "Dataset611_Full", 15, 24, 3.0, (30, 6)),
-    "chaos_t2": Setting("CHAOS T2", "Dataset621_ChaosT2", 8, 8, 2.0, (11, 3)),
-    "chaos_t1": Setting("CHAOS T1 in phase", "Dataset622_ChaosT1", 8, 8, 2.0, (11, 3)),
+    "chaos_t2": Setting("CHAOS T2", "Dataset621_ChaosT2", 8, 8, 2.0, (11, 3), SIDES),
+    "chaos_t1": Setting("CHAOS T1 in phase", "Dataset622_ChaosT1", 8, 8, 2.0, (11, 3), SIDES),
 }
 CHAOS = {"chaos_t2": "chaos_mr_t2spir", "chaos_t1": "chaos_mr_t1dual"}
 STEPS_PER_EPOCH = 40
@@ -140,18 +145,20 @@ def one_run(work: Path, name: str, row_name: str, seed: int) -> dict[str, Any]:
     epochs = round(setting.epochs * (setting.plain_steps if row.equal_time else 1))
     if row.after_plain:
         plain_epochs, epochs = setting.after_plain
-        first = Training(setting.dataset, "2d", PLAIN, {**budget, "epochs": plain_epochs}, test)
+        first = Training(
+            setting.dataset, "2d", PLAIN, {**budget, "epochs": plain_epochs}, test, setting.options
+        )
         train_and_predict(first, seed, output / "plain")
         (pretrained,) = (output / "plain" / setting.dataset).glob("*/*/checkpoint_final.pth")
     budget["epochs"] = epochs
     training = Training(
-        setting.dataset, row.configuration, row.trainer, budget, test, row.options,
-        pretrained=pretrained,
+        setting.dataset, row.configuration, row.trainer, budget, test,
+        {**setting.options, **row.options}, pretrained=pretrained,
     )  # fmt: skip
     predictions = train_and_predict(training, seed, output / "run")
     result = {
         "setting": name, "row": row_name, "seed": seed, "trainer": row.trainer,
-        "options": dict(row.options), "budget": budget, "plain_epochs": plain_epochs,
+        "options": {**setting.options, **row.options}, "budget": budget, "plain_epochs": plain_epochs,
         "dice_tp_fn": scores(predictions, test),
     }  # fmt: skip
     if row.trainer == OURS:
@@ -216,13 +223,15 @@ def _curve(session: Any, image: Path, test: Path, user: Any) -> dict[str, Any]:
 
 
 def _dice(reference: np.ndarray, session: Any) -> dict[str, float]:
+    """Return the Dice of each class that the image shows."""
     found = session.label_map()
     return {
         name: float(
             2 * ((found == value) & (reference == value)).sum()
-            / max(1, (found == value).sum() + (reference == value).sum())
+            / ((found == value).sum() + (reference == value).sum())
         )
         for name, value in session.labels.items()
+        if (reference == value).any()
     }  # fmt: skip
 
 
