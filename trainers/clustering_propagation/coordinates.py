@@ -167,6 +167,20 @@ class CaseCoordinates:
         scale: np.ndarray = np.abs(self.array_to_network[:3, :3]).sum(1)
         return scale
 
+    def voxel_centres(self, points: np.ndarray) -> np.ndarray:
+        """Return the centres of the image's voxels that positions lie in, shape (N, 3).
+
+        Parameters
+        ----------
+        points : ndarray, shape (N, 3)
+            Slice, row, column of the network's array, as the result. A position in no voxel that
+            was kept is taken to be in the nearest one.
+        """
+        first, last = self.crop
+        voxels = np.floor((points - first) / self.pixels_per_voxel + 0.5)
+        centres: np.ndarray = np.clip(first + voxels * self.pixels_per_voxel, first, last)
+        return centres
+
     def to_network(
         self,
         points: np.ndarray,

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,18 +58,18 @@ def marks_of(prompts: Sequence[SlicePrompt], labels: Any, found: Found) -> dict[
 
 def _marks(prompt: SlicePrompt, labels: Any, found: Tensor) -> Marks:
     channels, *shape = found.shape
+    plane = shape[0], shape[1]
     classes = _classes(prompt, labels)
-    weights = torch.from_numpy(prompt.weight_map((shape[0], shape[1])))
+    weights = torch.from_numpy(prompt.weight_map(plane))
     if not (labels.has_regions or prompt.exact or prompt.positive):
         # The ring around a box is no background where something else is found.
         (own,) = _classes(replace(prompt, positive=True), labels).positive
         highest = found.max(0).indices
         weights = weights * ((highest == 0) | (highest == own))
     weights = weights / weights.sum().clamp_min(1e-6)  # as the simulated user's
-    surely = torch.zeros(*shape, dtype=torch.bool)
+    surely = torch.zeros(plane, dtype=torch.bool)
     if prompt.exact:
-        rows, columns = (np.floor(p + 0.5).astype(int) for p in (prompt.rows, prompt.columns))
-        surely[torch.from_numpy(rows), torch.from_numpy(columns)] = True
+        surely = torch.from_numpy(prompt.sure_pixels(plane))
     if labels.has_regions:
         covered = (found > 0) & (weights > 0)
         against = [r for r in classes.negative if covered[r].any()]
@@ -84,7 +83,9 @@ def _marks(prompt: SlicePrompt, labels: Any, found: Tensor) -> Marks:
         off[list(classes.negative)] = surely
     else:  # a pixel that gets another label later has the first one no more
         off[:] = surely & ~on
-    clicked = surely if prompt.clicked else torch.zeros_like(surely)
+    clicked = torch.zeros_like(surely)
+    if prompt.clicked:
+        clicked = torch.from_numpy(prompt.pixels(plane))
     return Marks(slots, on, off, clicked)
 
 

@@ -6,7 +6,7 @@ and a ring outside where the label is not. Our own choices where the method says
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from nnmosaic.trainers.clustering_propagation.coordinates import (
 
 ReadMask = Callable[[Path], tuple[np.ndarray, Mapping[str, Any]]]
 """As ``read_seg`` of nnU-Net's readers: array (1, z, y, x) and properties of an image file."""
+ROUNDING = 1e-6
+"""Pixels by which computed positions are wrong at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,8 @@ class SlicePrompt:
         Whether every position shows it. False for boxes, whose interior is more than the object.
     clicked : bool
         Whether it comes from a point or a line, which speak for what is around them.
+    voxels : ndarray, shape (V, 2), optional
+        Rows and columns of the centres of the image's voxels that show it for sure, of a point.
     """
 
     label: Label
@@ -63,6 +67,7 @@ class SlicePrompt:
     round: int = 0
     exact: bool = True
     clicked: bool = False
+    voxels: np.ndarray | None = None
 
     def weight_map(self, shape: tuple[int, int]) -> np.ndarray:
         """Return the weights of whole pixels, shape (rows, columns), float32.
@@ -79,6 +84,28 @@ class SlicePrompt:
             places = np.minimum(row + down, shape[0] - 1), np.minimum(column + aside, shape[1] - 1)
             np.add.at(weights, places, share)
         return weights
+
+    def pixels(self, shape: tuple[int, int]) -> np.ndarray:
+        """Return the pixels that show it: those that the voxels, or else the positions, lie in.
+
+        Shape (rows, columns), bool.
+        """
+        places = np.stack((self.rows, self.columns), 1) if self.voxels is None else self.voxels
+        return _drawn(_nearest(places, np.array(shape)), shape)
+
+    def sure_pixels(self, shape: tuple[int, int]) -> np.ndarray:
+        """Return all pixels that must show it, shape (rows, columns), bool.
+
+        The result is interpolated linearly on its way to the image's grid, so that up to four
+        pixels decide a voxel. Where two voxels share some of them, the later one has them.
+        """
+        drawn = self.pixels(shape)
+        if self.voxels is not None:
+            ends = np.floor(self.voxels + ROUNDING), np.ceil(self.voxels - ROUNDING)
+            for row, column in product(ends, repeat=2):
+                corner = np.stack((row[:, 0], column[:, 1]), 1)
+                drawn |= _drawn(_nearest(corner, np.array(shape)), shape)
+        return drawn
 
 
 def slice_prompts(
@@ -118,7 +145,8 @@ def slice_prompts(
             where=name,
         )
         if isinstance(interaction, Point):
-            found += _by_slice(interaction, points, coordinates)
+            (prompt,) = _by_slice(interaction, points, coordinates)
+            found.append(replace(prompt, voxels=coordinates.voxel_centres(points)[:, 1:]))
         elif isinstance(interaction, Scribble):
             found += _by_slice(interaction, _line(points, interaction, coordinates), coordinates)
         else:
@@ -138,6 +166,13 @@ def _nearest(positions: np.ndarray, size: int | np.ndarray) -> np.ndarray:
     """Return the index of the pixel or slice that each position lies in."""
     index: np.ndarray = np.clip(np.floor(positions + 0.5), 0, size - 1).astype(int)
     return index
+
+
+def _drawn(pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Return a mask (rows, columns) of pixels (P, 2)."""
+    mask = np.zeros(shape, bool)
+    mask[tuple(pixels.T)] = True
+    return mask
 
 
 def _by_slice(

@@ -75,6 +75,20 @@ def test_points_at_the_rim_stay_in_the_slice() -> None:
     assert [pixels(p) for p in found] == [{(0.0, 23.0)}, {(19.0, 0.0)}]
 
 
+def test_a_point_is_sure_of_all_pixels_that_decide_its_voxel() -> None:
+    # Two rows per voxel: the centre of voxel 19 is at 38.5. Two voxels per column: that of voxel 0
+    # is at -0.25, in the first column, and that of voxel 9 at 4.25.
+    rim, inside = convert(Point(1, (2, 19.5, -0.5)), Point(1, (2, 4.4, 8.6)), network=(8, 40, 12))
+    for prompt, sure, nearest in (
+        (rim, [[38, 0], [39, 0]], [[39, 0]]),
+        (inside, [[8, 4], [8, 5], [9, 4], [9, 5]], [[9, 4]]),
+    ):
+        assert np.argwhere(prompt.sure_pixels((40, 12))).tolist() == sure
+        assert np.argwhere(prompt.pixels((40, 12))).tolist() == nearest
+    (line,) = convert(Scribble(1, ((2, 4, 8),), radius=0), network=(8, 40, 12))
+    np.testing.assert_array_equal(line.sure_pixels((40, 12)), line.pixels((40, 12)))
+
+
 def test_a_scribble_across_slices_is_split() -> None:
     found = convert(Scribble(1, ((1, 4, 2), (3, 4, 14)), radius=0))
     assert [p.slice_index for p in found] == [1, 2, 3]
