@@ -46,7 +46,9 @@ def apply_prompts(
 def marks_of(prompts: Sequence[SlicePrompt], labels: Any, found: Found) -> dict[int, Marks]:
     """Return the marks of each slice that prompts touch.
 
-    With regions, a prompt only counts against regions that are found at its pixels (5.5).
+    With regions, a prompt only counts against regions that are found at its pixels (5.5). The ring
+    around a box says no more than that its label, or region, is not there: it counts against
+    regions all of which lies in this label or region, not against those that go on around it.
     """
     marks: dict[int, Marks] = {}
     for prompt in prompts:
@@ -91,7 +93,9 @@ def _marks(prompt: SlicePrompt, labels: Any, found: Tensor) -> Marks:
 
 def _classes(prompt: SlicePrompt, labels: Any) -> PromptClasses:
     if labels.has_regions:
-        return region_classes(
-            prompt.label, positive=prompt.positive, regions=labels.foreground_regions
-        )
+        label = prompt.label
+        if prompt.ring and isinstance(label, int):
+            # Another label of a region around it may be there: only regions of this one end.
+            label = (label,)
+        return region_classes(label, positive=prompt.positive, regions=labels.foreground_regions)
     return label_classes(prompt.label, positive=prompt.positive, all_labels=labels.all_labels)

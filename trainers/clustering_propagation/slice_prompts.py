@@ -56,6 +56,8 @@ class SlicePrompt:
         Whether it comes from a point or a line, which speak for what is around them.
     voxels : ndarray, shape (V, 2), optional
         Rows and columns of the centres of the image's voxels that show it for sure, of a point.
+    ring : bool
+        Whether it is around a box: the label is not there, but what it is a part of may be.
     """
 
     label: Label
@@ -68,6 +70,7 @@ class SlicePrompt:
     exact: bool = True
     clicked: bool = False
     voxels: np.ndarray | None = None
+    ring: bool = False
 
     def weight_map(self, shape: tuple[int, int]) -> np.ndarray:
         """Return the weights of whole pixels, shape (rows, columns), float32.
@@ -277,16 +280,16 @@ def _box(box: Box, corners: np.ndarray, coordinates: CaseCoordinates) -> list[Sl
     half = 0.5 * coordinates.pixels_per_voxel[1:]  # the outermost voxels belong to the box
     lower, upper = corners.min(0)[1:] - half, corners.max(0)[1:] + half
     weights, ring = box_pixels(lower, upper, (shape[1], shape[2]))
-    parts = [(weights, box.positive)]
+    parts = [(weights, False)]
     if box.positive and ring.any():
-        parts.append((ring.astype(float), False))
+        parts.append((ring.astype(float), True))
     found = []
     for index in range(int(first), int(last) + 1):
-        for weight, positive in parts:
+        for weight, is_ring in parts:
             rows, columns = weight.nonzero()
             prompt = SlicePrompt(
                 box.label, index, rows, columns, weight[rows, columns],
-                positive=positive, round=box.round, exact=False,
+                positive=box.positive and not is_ring, round=box.round, exact=False, ring=is_ring,
             )  # fmt: skip
             found.append(prompt)
     return found
