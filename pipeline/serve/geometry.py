@@ -1,18 +1,21 @@
 """Where things are: array index, world millimetres, and the grid that the page shows.
 
-The array of an image is (z, y, x). World coordinates are RAS+ millimetres, as in NIfTI. The page
-shows the array with its axes permuted and flipped to be closest to RAS, as (x, y, z); it is told
-spacing and orientation of this display grid, and never sees a rotation.
+The array of an image is (z, y, x), and has other axes than the file if the reader reorients. World
+coordinates are RAS+ millimetres, as in NIfTI. The page shows the array with its axes permuted and
+flipped to be closest to RAS, as (x, y, z); it is told spacing and orientation of this display grid,
+and never sees a rotation.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import nibabel
 import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+
+from nnmosaic.trainers.clustering_propagation.coordinates import REVERSED, ImageGeometry
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -29,11 +32,14 @@ class Grid:
     shape : tuple of int
         Of the array: (z, y, x).
     affine : ndarray, shape (4, 4)
-        Index (x, y, z) -> RAS millimetres.
+        Index (x, y, z) of the array -> RAS millimetres.
+    file_to_array : ndarray, shape (4, 4)
+        Index of the file (x, y, z) -> array index (z, y, x).
     """
 
     shape: tuple[int, int, int]
     affine: np.ndarray
+    file_to_array: np.ndarray = field(default_factory=REVERSED.copy)
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, Any], shape: tuple[int, ...]) -> "Grid":
@@ -41,22 +47,17 @@ class Grid:
 
         A photograph has no orientation: its rows count downwards.
         """
-        affine = np.eye(4)
-        if "nibabel_stuff" in properties:
-            stuff = properties["nibabel_stuff"]
-            affine = np.array(stuff.get("reoriented_affine", stuff["original_affine"]), float)
-        elif "sitk_stuff" in properties:
-            stuff = properties["sitk_stuff"]
-            axes = len(stuff["spacing"])  # 2 for a slice
-            direction = np.reshape(stuff["direction"], (axes, axes))
-            affine[:axes, :axes] = direction * np.array(stuff["spacing"])
-            affine[:axes, 3] = stuff["origin"]
-            affine = LPS_TO_RAS @ affine
-        else:
-            affine[:3, :3] = np.diag(properties["spacing"][::-1])
-            affine = LPS_TO_RAS @ affine
         depth, height, width = shape
-        return cls((depth, height, width), affine)
+        geometry = ImageGeometry.from_reader(properties, shape)
+        if geometry.array_to_world is None:
+            to_lps = np.diag([*properties["spacing"][::-1], 1.0])
+        else:
+            to_lps = geometry.array_to_world @ REVERSED
+        return cls((depth, height, width), LPS_TO_RAS @ to_lps, geometry.file_to_array)
+
+    def from_file(self, indices: np.ndarray) -> np.ndarray:
+        """Return continuous indices (z, y, x) of those of the file (x, y, z); both (N, 3)."""
+        return np.asarray(indices @ self.file_to_array[:3, :3].T + self.file_to_array[:3, 3])
 
     def world_to_array(self, points: np.ndarray) -> np.ndarray:
         """Return continuous indices (z, y, x) of RAS millimetres; both have shape (N, 3)."""

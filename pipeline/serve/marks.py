@@ -16,7 +16,7 @@ def marks(
     Parameters
     ----------
     prompts : mapping
-        As in methods/clustering_propagation.md, 5.4: in world or voxel coordinates.
+        As in methods/clustering_propagation.md, 5.4: in the world, or in voxels of the file.
     labels : mapping
         Class -> value; a prompt may name either.
 
@@ -48,5 +48,5 @@ def _world(points: np.ndarray, prompts: Mapping[str, Any], grid: Grid) -> np.nda
     if prompts.get("order", "xyz") == "zyx":
         points = points[:, ::-1]
     if prompts["space"] == "voxel":
-        return grid.array_to_world(points[:, ::-1])
+        return grid.array_to_world(grid.from_file(points))
     return points if prompts["convention"] == "RAS" else points @ LPS_TO_RAS[:3, :3]

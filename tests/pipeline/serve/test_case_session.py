@@ -9,9 +9,13 @@ import pytest
 import SimpleITK
 import torch
 
+from nnmosaic.data_conversion.case_check import reader_of
+from nnmosaic.data_conversion.dataset_json import parse_dataset_json
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.prompts import parse_prompts
 from nnmosaic.pipeline.serve.case_session import CaseSession
+from nnmosaic.pipeline.serve.geometry import Grid
+from nnmosaic.pipeline.serve.marks import marks
 
 DIRECTION = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 
@@ -50,6 +54,28 @@ def test_a_case_is_opened_corrected_and_saved(
     assert session.undo()
     session.reset()
     np.testing.assert_array_equal(session.label_map(), automatic)
+
+
+@pytest.mark.parametrize("reader", ["NibabelIOWithReorient", "SimpleITKIOWithReorient"])
+def test_a_click_is_drawn_where_it_was_made_in_an_image_that_is_turned_round(
+    reader: str, propagation_model: Path, tmp_path: Path, save: Callable[..., None]
+) -> None:
+    path = propagation_model / "dataset.json"
+    content = {**json.loads(path.read_text()), "overwrite_image_reader_writer": reader}
+    path.write_text(json.dumps(content))
+    session = CaseSession(
+        propagation_model, checkpoint="checkpoint_final.pth", device=torch.device("cpu")
+    )
+    array = np.random.default_rng(0).normal(100, 20, (9, 22, 25)).astype(np.float32)
+    save(tmp_path / "new_0000.nii.gz", array, direction=DIRECTION)
+    session.open([tmp_path / "new_0000.nii.gz"])
+    dataset = parse_dataset_json(content)
+    turned, properties = reader_of(dataset).read_images([str(tmp_path / "new_0000.nii.gz")])
+    grid = Grid.from_properties(properties, turned.shape[1:])
+    session.add_point((2.0, 5.0, 20.0), "dark", True)
+    (mark,) = marks(session.prompts(), session.labels, grid)
+    drawn = tuple(np.rint(mark["points"][0]).astype(int))
+    assert grid.to_display(turned[0])[drawn] == turned[0, 2, 5, 20]
 
 
 def test_the_order_of_names_in_the_dataset_does_not_matter(propagation_model: Path) -> None:
