@@ -64,8 +64,8 @@ class Setting:
     ----------
     epochs, batch_size : int
         Epochs of 40 steps, of so many slices in 2D.
-    plain_steps : float
-        Plain 2D steps in the time of one of ours, from the start.
+    plain_steps : mapping
+        Plain steps of a configuration in the time of one of ours, from the start.
     after_plain : tuple of int
         Epochs of a plain 2D nnU-Net, and of ours after it, in the same time.
     options : mapping
@@ -76,7 +76,7 @@ class Setting:
     dataset: str
     epochs: int
     batch_size: int
-    plain_steps: float
+    plain_steps: Mapping[str, float]
     after_plain: tuple[int, int]
     options: Mapping[str, str] = field(default_factory=dict)
 
@@ -95,9 +95,21 @@ ROWS: Mapping[str, Row] = {
 SIDES = {"mirroring": "false"}
 """There are a left and a right kidney."""
 SETTINGS: Mapping[str, Setting] = {
-    "hippocampus": Setting("Hippocampus", "Dataset611_Full", 15, 24, 3.0, (30, 6)),
-    "chaos_t2": Setting("CHAOS T2", "Dataset621_ChaosT2", 8, 8, 2.0, (11, 3), SIDES),
-    "chaos_t1": Setting("CHAOS T1 in phase", "Dataset622_ChaosT1", 8, 8, 2.0, (11, 3), SIDES),
+    "hippocampus": Setting(
+        "Hippocampus", "Dataset611_Full", 15, 24, {"2d": 3.0, "3d_fullres": 3.0}, (30, 6)
+    ),
+    "chaos_t2": Setting(
+        "CHAOS T2", "Dataset621_ChaosT2", 8, 8, {"2d": 2.0, "3d_fullres": 7.0}, (11, 3), SIDES
+    ),
+    "chaos_t1": Setting(
+        "CHAOS T1 in phase",
+        "Dataset622_ChaosT1",
+        8,
+        8,
+        {"2d": 2.0, "3d_fullres": 7.0},
+        (11, 3),
+        SIDES,
+    ),  # fmt: skip
 }
 CHAOS = {"chaos_t2": "chaos_mr_t2spir", "chaos_t1": "chaos_mr_t1dual"}
 STEPS_PER_EPOCH = 40
@@ -142,7 +154,9 @@ def one_run(work: Path, name: str, row_name: str, seed: int) -> dict[str, Any]:
         budget["batch_size"] = setting.batch_size
     output = work / "runs" / file_name(name, row_name, seed).removesuffix(".json")
     pretrained, plain_epochs = None, 0
-    epochs = round(setting.epochs * (setting.plain_steps if row.equal_time else 1))
+    options = {**setting.options, **row.options}
+    cheaper = setting.plain_steps[row.configuration] if row.equal_time else 1
+    epochs = round(setting.epochs * cheaper)
     if row.after_plain:
         plain_epochs, epochs = setting.after_plain
         first = Training(
@@ -152,13 +166,13 @@ def one_run(work: Path, name: str, row_name: str, seed: int) -> dict[str, Any]:
         (pretrained,) = (output / "plain" / setting.dataset).glob("*/*/checkpoint_final.pth")
     budget["epochs"] = epochs
     training = Training(
-        setting.dataset, row.configuration, row.trainer, budget, test,
-        {**setting.options, **row.options}, pretrained=pretrained,
+        setting.dataset, row.configuration, row.trainer, budget, test, options,
+        pretrained=pretrained,
     )  # fmt: skip
     predictions = train_and_predict(training, seed, output / "run")
     result = {
         "setting": name, "row": row_name, "seed": seed, "trainer": row.trainer,
-        "options": {**setting.options, **row.options}, "budget": budget, "plain_epochs": plain_epochs,
+        "options": options, "budget": budget, "plain_epochs": plain_epochs,
         "dice_tp_fn": scores(predictions, test),
     }  # fmt: skip
     if row.trainer == OURS:

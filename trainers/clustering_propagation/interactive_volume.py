@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -140,7 +139,6 @@ class InteractiveVolume:
         """Slice -> what was marked on it."""
         self._sweeps = [self._automatic(1), self._automatic(-1)]
         self._undo: deque[_Undo] = deque(maxlen=undo_levels)
-        self._looks: WeakKeyDictionary[Marks, Tensor] = WeakKeyDictionary()
 
     # ---------------------------------------------------------------- what is found
 
@@ -180,22 +178,13 @@ class InteractiveVolume:
             marks, steps = self.marks[anchor], abs(index - anchor) * self.pixels_per_slice
             if steps > FARTHEST or not marks.clicked.any():
                 continue
-            here, looks = self.features.embeddings(index), self._look_of(anchor)
+            there, here = self.features.intensities(anchor), self.features.intensities(index)
             kinds = [(on, marks.on), (off, marks.off)] if regions else [(on, marks.on)]
             for share, sure in kinds:
                 for k in (sure & marks.clicked).flatten(1).any(1).nonzero().flatten().tolist():
-                    clicked = sure[k] & marks.clicked
-                    look = looks[clicked[marks.clicked]]
-                    near = share_of_clicks(clicked, look, here, steps=steps)
+                    near = share_of_clicks(sure[k] & marks.clicked, there, here, steps=steps)
                     share[k] = torch.maximum(share[k], near)
         return told(logits, on, off, regions=regions) if on.any() or off.any() else logits
-
-    def _look_of(self, anchor: int) -> Tensor:
-        """Return the embeddings (P, E) of the clicked pixels of a slice."""
-        marks = self.marks[anchor]
-        if marks not in self._looks:
-            self._looks[marks] = self.features.embeddings(anchor)[:, marks.clicked].T
-        return self._looks[marks]
 
     def doubtful_slice(self) -> int | None:
         """Return the slice without marks that is least sure; None: all have some.

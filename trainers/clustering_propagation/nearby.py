@@ -2,34 +2,39 @@
 
 Centres carry what a class looks like; that a few pixels in one place are wrong is beyond them
 (clustering_propagation.md, 1.6). So a click also counts for its neighbours, on its own slice and on
-those next to it: fully at the clicked pixel, less with the distance and with the angle between the
-embeddings. What the network is sure of withstands. A design of our own.
+those next to it: fully at the clicked pixel, less with the length of the way to it, on which
+intensities other than the click's are long. So it fills an organ and ends at its edge. What the
+network is sure of withstands. A design of our own; geodesic distances to clicks are known from Wang
+et al. (DeepIGeoS, IEEE TPAMI 2019) and Luo et al. (MIDeepSeg, Medical Image Analysis 2021).
 """
 
+import numpy as np
 import torch
-from scipy import ndimage
+from skimage.graph import MCP_Geometric
 from torch import Tensor
 
 REACH = 4.0
-"""Distance, in pixels, at which a click counts for exp(-1/2). On twelve cases of the hippocampus, 3
-and 5 were alike."""
+"""Length of a way at which a click counts for exp(-1/2)."""
 FARTHEST = 3 * REACH
-"""Pixels beyond which it does not count."""
-HONOURED = 1.0
+"""Length beyond which it does not count."""
+ALIKE, UNLIKE = 0.08, 1.0
+"""Length of a pixel that has the intensity of the click, and what a difference of one standard
+deviation of the image adds to it. On CHAOS T2, 0.15 and 2 were worse."""
+LOOKS = 16
+"""Clicked pixels, at most, whose intensities are looked at."""
+HONOURED = 5.0
 """By which the logit of a clicked class exceeds all others at the clicked pixel."""
 
 
-def share_of_clicks(clicked: Tensor, looks: Tensor, here: Tensor, *, steps: float) -> Tensor:
-    """Return to which part pixels share what the nearest clicked pixel was said to be.
+def share_of_clicks(clicked: Tensor, there: Tensor, here: Tensor, *, steps: float) -> Tensor:
+    """Return to which part pixels share what the clicked ones were said to be.
 
     Parameters
     ----------
     clicked : Tensor, shape (H, W), bool
         On the slice of the click; at least one pixel.
-    looks : Tensor, shape (P, E)
-        Unit vectors of the clicked pixels, in the order of ``nonzero``.
-    here : Tensor, shape (E, H, W)
-        Unit vectors of the slice that is asked about.
+    there, here : Tensor, shape (channels, H, W)
+        Intensities of that slice, and of the one that is asked about, in standard deviations.
     steps : float
         Distance between the two slices, in pixels.
 
@@ -39,22 +44,23 @@ def share_of_clicks(clicked: Tensor, looks: Tensor, here: Tensor, *, steps: floa
         In [0, 1]; on the slice of the click itself 1 at clicked pixels.
     """
     share = torch.zeros(clicked.shape)
-    margin = int(FARTHEST)
     places = clicked.nonzero()
+    margin = int(FARTHEST / ALIKE)
     low, high = (places.min(0).values - margin).clamp_min(0), places.max(0).values + margin + 1
     window = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
-    number = torch.zeros(clicked.shape, dtype=torch.long)
-    number[clicked] = torch.arange(len(places))
-    distance, nearest = ndimage.distance_transform_edt(
-        ~clicked[window].numpy(), return_indices=True
-    )
-    rows, columns = (torch.from_numpy(index).long() for index in nearest)
-    said = looks[number[window][rows, columns]].movedim(2, 0)  # (E, h, w)
-    everything = slice(None), *window
-    alike = (said * here[everything]).sum(0).clamp(0, 1)
-    far = torch.from_numpy(distance).float() ** 2 + steps**2
-    share[window] = alike * torch.exp(-far / (2 * REACH**2)) * (far <= FARTHEST**2)
+    looks = there[:, clicked][:, _some(len(places))]  # (channels, P)
+    difference = looks[:, :, None, None] - here[(slice(None), *window)][:, None]
+    unlike = difference.square().mean(0).sqrt().amin(0).numpy()
+    ways = MCP_Geometric(ALIKE + UNLIKE * unlike)
+    length, _ = ways.find_costs(clicked[window].nonzero().tolist())
+    far = torch.from_numpy(length).float() ** 2 + steps**2
+    share[window] = torch.exp(-far / (2 * REACH**2)) * (far <= FARTHEST**2)
     return share
+
+
+def _some(number: int) -> np.ndarray:
+    """Return up to `LOOKS` indices below a number, evenly spread."""
+    return np.linspace(0, number - 1, min(number, LOOKS)).round().astype(int)
 
 
 def told(logits: Tensor, on: Tensor, off: Tensor, *, regions: bool) -> Tensor:

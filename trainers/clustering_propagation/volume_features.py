@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
-from torch.nn import functional
 
 from nnmosaic.trainers.clustering_propagation.features import SliceFeatures
 from nnmosaic.trainers.clustering_propagation.network import ClusteringPropagationNet
@@ -24,6 +24,9 @@ of a slice are the same whichever slice was asked for."""
 MOST_BYTES = 2**28
 """Of features that are kept; a longer volume works them out again for the second sweep. So memory
 does not grow with the volume."""
+
+SMOOTHING = 1.0
+"""Standard deviation, in pixels, of the filter that takes noise out of intensities."""
 
 
 def mirrored_copies(axes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -87,12 +90,10 @@ class VolumeFeatures:
         self._blocks.move_to_end(block)
         return self._blocks[block][place]
 
-    def embeddings(self, index: int) -> Tensor:
-        """Return the unit vectors of the pixels of a slice, (E, H, W), without padding, on the CPU.
-
-        Of mirrored copies, turned back, the direction of the mean.
-        """
-        return functional.normalize(self._turned_back(self[index].mask_map), dim=0).cpu()
+    def intensities(self, index: int) -> Tensor:
+        """Return a slice of the image, (channels, H, W), slightly smoothed, without padding."""
+        image = self.image[:, index][self._inside].float().cpu().numpy()
+        return torch.from_numpy(gaussian_filter(image, (0, SMOOTHING, SMOOTHING)))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return nnU-Net's autocast: on CUDA only."""
