@@ -94,22 +94,13 @@ ROWS: Mapping[str, Row] = {
 }
 SIDES = {"mirroring": "false"}
 """There are a left and a right kidney."""
+IN_TIME = {"2d": 2.0, "3d_fullres": 7.0}
 SETTINGS: Mapping[str, Setting] = {
     "hippocampus": Setting(
         "Hippocampus", "Dataset611_Full", 15, 24, {"2d": 3.0, "3d_fullres": 3.0}, (30, 6)
     ),
-    "chaos_t2": Setting(
-        "CHAOS T2", "Dataset621_ChaosT2", 8, 8, {"2d": 2.0, "3d_fullres": 7.0}, (11, 3), SIDES
-    ),
-    "chaos_t1": Setting(
-        "CHAOS T1 in phase",
-        "Dataset622_ChaosT1",
-        8,
-        8,
-        {"2d": 2.0, "3d_fullres": 7.0},
-        (11, 3),
-        SIDES,
-    ),  # fmt: skip
+    "chaos_t2": Setting("CHAOS T2", "Dataset621_ChaosT2", 8, 8, IN_TIME, (11, 3), SIDES),
+    "chaos_t1": Setting("CHAOS T1 in phase", "Dataset622_ChaosT1", 8, 8, IN_TIME, (11, 3), SIDES),
 }
 CHAOS = {"chaos_t2": "chaos_mr_t2spir", "chaos_t1": "chaos_mr_t1dual"}
 STEPS_PER_EPOCH = 40
