@@ -7,7 +7,7 @@ distance; the end of the volume counts as half an anchor, since nobody looked th
 get their class whatever is found, and clicks count for the pixels around them (see `nearby`).
 """
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from nnmosaic.trainers.clustering_propagation.memory import State
-from nnmosaic.trainers.clustering_propagation.nearby import FARTHEST, share_of_clicks, told
+from nnmosaic.trainers.clustering_propagation.nearby import ACROSS, FARTHEST, share_of_clicks, told
 from nnmosaic.trainers.clustering_propagation.network import SliceResult
 from nnmosaic.trainers.clustering_propagation.travel import blend, neighbour_of, steps_of, travel
 from nnmosaic.trainers.clustering_propagation.volume_features import VolumeFeatures
 
 UNDO_LEVELS = 8
 """Each keeps the logits of the slices that it changed."""
+SHARES_BYTES = 2**28
+"""Of what clicks say of slices, which is kept."""
 UNCHANGED_SLICES, UNCHANGED_DICE = 3, 0.995
 """A correction has died out when so many slices in a row are as good as they were (3)."""
 
@@ -139,6 +141,7 @@ class InteractiveVolume:
         """Slice -> what was marked on it."""
         self._sweeps = [self._automatic(1), self._automatic(-1)]
         self._undo: deque[_Undo] = deque(maxlen=undo_levels)
+        self._shares: OrderedDict[tuple[int, int, bytes], Tensor] = OrderedDict()
 
     # ---------------------------------------------------------------- what is found
 
@@ -175,16 +178,31 @@ class InteractiveVolume:
         if index in self.marks:
             on, off = self.marks[index].on.float(), self.marks[index].off.float()
         for anchor in {anchor for anchor in self._anchors_around(index) if anchor is not None}:
-            marks, steps = self.marks[anchor], abs(index - anchor) * self.pixels_per_slice
-            if steps > FARTHEST or not marks.clicked.any():
-                continue
-            there, here = self.features.intensities(anchor), self.features.intensities(index)
+            marks = self.marks[anchor]
             kinds = [(on, marks.on), (off, marks.off)] if regions else [(on, marks.on)]
             for share, sure in kinds:
                 for k in (sure & marks.clicked).flatten(1).any(1).nonzero().flatten().tolist():
-                    near = share_of_clicks(sure[k] & marks.clicked, there, here, steps=steps)
+                    near = self._share(sure[k] & marks.clicked, anchor, index)
                     share[k] = torch.maximum(share[k], near)
         return told(logits, on, off, regions=regions) if on.any() or off.any() else logits
+
+    def _share(self, clicked: Tensor, anchor: int, index: int) -> Tensor:
+        """Return to which part pixels of a slice share what some on an anchor were said to be.
+
+        What was worked out is kept: other marks do not change it.
+        """
+        across = ACROSS * abs(index - anchor) * self.pixels_per_slice
+        if across > FARTHEST:
+            return torch.zeros(clicked.shape)
+        key = anchor, index, clicked.nonzero().numpy().tobytes()
+        if key not in self._shares:
+            there, here = self.features.intensities(anchor), self.features.intensities(index)
+            share = share_of_clicks(clicked, there, here, across=across).half()
+            self._shares[key] = share
+            if len(self._shares) * share.numel() * share.element_size() > SHARES_BYTES:
+                self._shares.popitem(last=False)
+        self._shares.move_to_end(key)
+        return self._shares[key].float()
 
     def doubtful_slice(self) -> int | None:
         """Return the slice without marks that is least sure; None: all have some.
