@@ -127,6 +127,14 @@ class CorrectedImage:
             by_slice(points, self._coordinates, label, positive=positive, round=self.round)
         )
 
+    def kept(self, labels: np.ndarray) -> np.ndarray:
+        """Return a copy of a label map with 0 in the empty rim, which the network does not see."""
+        forward = self.predictor.plans_manager.transpose_forward
+        where = tuple(slice(*side) for side in self.properties["bbox_used_for_cropping"])
+        found = np.zeros_like(labels)
+        found.transpose(forward)[where] = labels.transpose(forward)[where]
+        return found
+
     def logits_at(self, prompt: SlicePrompt) -> torch.Tensor:
         """Return the logits (K,) at the first position of a mark."""
         logits = self.volume.logits([prompt.slice_index])[:, 0]
@@ -208,13 +216,16 @@ class CorrectedImage:
 
     def _update(self, changed: range) -> ChangedBox | None:
         """Bring the label map up to date, and return the box of what changed."""
-        before = self.label_map.copy()
+        everything = changed == range(len(self._features))
+        # What a segmentation showed beside the part that was kept goes, too.
+        labels = np.zeros_like(self.label_map) if everything else self.label_map.copy()
         if len(changed):
             write_labels(
-                self.label_map, self.volume.logits(changed), changed.start,
+                labels, self.volume.logits(changed), changed.start,
                 properties=self.properties, predictor=self.predictor,
             )  # fmt: skip
-        places = np.argwhere(self.label_map != before)
+        places = np.argwhere(labels != self.label_map)
+        self.label_map[:] = labels
         if not len(places):
             return None
         low, high = places.min(0), places.max(0) + 1

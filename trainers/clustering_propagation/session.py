@@ -29,6 +29,8 @@ from nnmosaic.trainers.predictor import available_folds, load_predictor
 
 INITIAL_SLICES = 5
 """Of an initial segmentation that count as drawn by the user: those where a label is largest."""
+UNKNOWN_SHOWN = 10
+"""So many of the values that a segmentation should not have are named."""
 
 
 class ClusteringPropagationSession:
@@ -261,28 +263,63 @@ class ClusteringPropagationSession:
     """The inside of the lasso, as voxels."""
 
     def add_initial_seg_interaction(
-        self, segmentation: np.ndarray, run_prediction: bool = False
+        self, initial_seg: np.ndarray, run_prediction: bool = False
     ) -> ChangedBox | None:
-        """Start from a label map of the image's shape; what was marked before is dropped.
+        """Start from a label map; what was marked before is dropped.
 
-        Its slices where a label is largest count as drawn by the user.
+        It is shown as it is until the next mark. Its slices where a label is largest count as drawn
+        by the user.
+
+        Parameters
+        ----------
+        initial_seg : ndarray, of integers or bool
+            In the shape of the image, with labels of the model; in the rim where the image is 0
+            they count for nothing.
+
+        Raises
+        ------
+        InputError
+            If it shows other labels, or none that counts. Nothing has changed.
         """
-        if segmentation.shape != self.label_map.shape:
-            raise ValueError(
-                f"segmentation must have shape {self.label_map.shape}, got {segmentation.shape}"
-            )
-        if not (segmentation > 0).any():
-            raise InputError("The segmentation shows no label. Give one that does, or none.")
+        drawn = self._checked_segmentation(initial_seg)
         self.reset_interactions()
         prompts: list[SlicePrompt] = []
         for label in self.labels.values():
-            voxels = np.argwhere(np.isin(segmentation, label))
+            voxels = np.argwhere(np.isin(drawn, label))
             if label == 0 or not len(voxels):
                 continue
-            drawn = self.image.marked_voxels(voxels, label, positive=True)
-            prompts += sorted(drawn, key=lambda prompt: -len(prompt.rows))[:INITIAL_SLICES]
-        changed = self.image.add((), tuple(prompts), run=run_prediction, meanwhile=segmentation)
+            marked = self.image.marked_voxels(voxels, label, positive=True)
+            prompts += sorted(marked, key=lambda prompt: -len(prompt.rows))[:INITIAL_SLICES]
+        changed = self.image.add((), tuple(prompts), run=run_prediction, meanwhile=initial_seg)
         return self._written(changed)
+
+    def _checked_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        """Return what of a label map the network sees, if the model knows all its labels."""
+        if segmentation.shape != self.label_map.shape:
+            raise ValueError(
+                f"initial_seg must have shape {self.label_map.shape}, got {segmentation.shape}"
+            )
+        values = np.unique(segmentation)
+        unknown = values[~np.isin(values, self.predictor.label_manager.all_labels)]
+        if len(unknown):
+            some = ", ".join(map(str, unknown[:UNKNOWN_SHOWN].tolist()))
+            raise InputError(
+                f"The segmentation shows {some}, which the model does not know. Its labels are "
+                f"{self._labels_in_words()}. Write 0 where there is none of them."
+            )
+        if not segmentation.any():
+            raise InputError("The segmentation shows no label. Give one that does, or none.")
+        kept = self.image.kept(segmentation)
+        if not kept.any():
+            raise InputError(
+                "The segmentation shows labels only where the image is empty, at its rim. Check "
+                "that it belongs to this image."
+            )
+        return kept
+
+    def _labels_in_words(self) -> str:
+        members = {n: (v,) if isinstance(v, int) else v for n, v in self.labels.items()}
+        return ", ".join(f"{name} ({', '.join(map(str, of))})" for name, of in members.items())
 
     def undo(self) -> bool:
         """Take the last mark back exactly; return whether there was one."""

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK
-import torch
 from nnunetv2.inference.export_prediction import (
     convert_predicted_logits_to_segmentation_with_correct_shape,
 )
@@ -17,32 +16,17 @@ from nnmosaic.data_conversion.prompts import write_prompts
 from nnmosaic.pipeline.cli import main
 from nnmosaic.trainers.clustering_propagation.session import ClusteringPropagationSession
 
-CPU = torch.device("cpu")
 DIRECTION = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 
 
 @pytest.fixture
-def image(tmp_path: Path, save: Callable[..., None]) -> Path:
-    """Write an image with other spacing than the plan, an empty rim and turned axes."""
-    array = np.zeros((13, 27, 31), np.float32)
-    inside = np.random.default_rng(0).normal(100, 20, (9, 22, 25))
-    array[2:11, 3:25, 4:29] = inside
-    path = tmp_path / "images" / "new_0000.nii.gz"
-    save(path, array, spacing=(1.1, 0.7, 2.0), direction=DIRECTION)
-    return path
-
-
-def session_of(model: Path, image: Path) -> ClusteringPropagationSession:
-    made = ClusteringPropagationSession(CPU)
-    made.initialize_from_trained_model_folder(model)
-    reader = made.predictor.plans_manager.image_reader_writer_class()
-    made.set_image(*reader.read_images([str(image)]))
-    return made
+def image(propagation_image: Path) -> Path:
+    return propagation_image
 
 
 @pytest.fixture
-def session(propagation_model: Path, image: Path) -> ClusteringPropagationSession:
-    return session_of(propagation_model, image)
+def session(propagation_session: Callable[[], ClusteringPropagationSession]) -> object:
+    return propagation_session()
 
 
 def test_the_automatic_result_is_nnunets_export(session: ClusteringPropagationSession) -> None:
@@ -206,9 +190,12 @@ def assert_predict_is(
 
 
 def test_regions_are_marked_one_by_one(
-    region_propagation_model: Path, image: Path, tmp_path: Path
+    region_propagation_model: Path,
+    image: Path,
+    tmp_path: Path,
+    propagation_session: Callable[..., ClusteringPropagationSession],
 ) -> None:
-    session = session_of(region_propagation_model, image)
+    session = propagation_session(regions=True)
     assert set(np.unique(session.label_map)) <= {0, 1, 2}
     place = (6, 12, 14)
     found = []
