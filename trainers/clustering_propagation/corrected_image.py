@@ -1,6 +1,6 @@
 """One image, predicted and then corrected by marks: from the image's array to the network's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,8 @@ from nnmosaic.trainers.clustering_propagation.slice_prompts import (
 
 ChangedBox = list[list[int]]
 """[[first, behind the last], ...] along the axes of the image array."""
+Progress = tuple[int, int]
+"""Steps, and marks that wait for the next one: grows with every mark."""
 MOST_BYTES = 4 * 2**30
 """Of features that are kept for corrections."""
 
@@ -118,14 +120,21 @@ class CorrectedImage:
         )  # fmt: skip
 
     def marked_voxels(
-        self, voxels: np.ndarray, label: Label, *, positive: bool
+        self, voxels: np.ndarray, label: Label, *, positive: bool, clicked: bool = False
     ) -> tuple[SlicePrompt, ...]:
-        """Return what voxels (P, 3) of the image array mark on each slice."""
+        """Return what voxels (P, 3) of the image array mark on each slice.
+
+        Parameters
+        ----------
+        clicked : bool
+            Whether they speak for what is around them, too.
+        """
         dense = filled(voxels, self._coordinates.array_to_network)
         points = self._coordinates.array_points_to_network(dense, where="mark")
-        return tuple(
-            by_slice(points, self._coordinates, label, positive=positive, round=self.round)
+        prompts = by_slice(
+            points, self._coordinates, label, positive=positive, round=self.round, clicked=clicked
         )
+        return tuple(prompts)
 
     def kept(self, labels: np.ndarray) -> np.ndarray:
         """Return a copy of a label map with 0 in the empty rim, which the network does not see."""
@@ -140,6 +149,23 @@ class CorrectedImage:
         logits = self.volume.logits([prompt.slice_index])[:, 0]
         return logits[:, round(float(prompt.rows[0])), round(float(prompt.columns[0]))]
 
+    def likeliest_other(self, marks: Sequence[SlicePrompt]) -> Label:
+        """Return what most positions of marks show now, if not the label of the marks.
+
+        Of exclusive labels. The background is one of them, and wins a tie.
+        """
+        labels = self.predictor.label_manager.all_labels
+        votes = torch.zeros(len(labels))
+        for mark in marks:
+            rows, columns = (
+                torch.from_numpy(np.floor(position + 0.5).astype(int))
+                for position in (mark.rows, mark.columns)
+            )
+            found = self.volume.logits([mark.slice_index])[:, 0, rows, columns].float()
+            found[labels.index(mark.label)] = -torch.inf
+            votes += found.argmax(0).bincount(minlength=len(labels))
+        return int(labels[int(votes.argmax())])
+
     def suggest_slice(self) -> int | None:
         """Return the slice of the image array that is most in doubt; None: all are marked."""
         index = self.volume.doubtful_slice()
@@ -153,6 +179,11 @@ class CorrectedImage:
     def round(self) -> int:
         """Of the next mark: what is taken into account together is one round."""
         return len(self._steps)
+
+    @property
+    def progress(self) -> Progress:
+        """How far the image has come: less after `undo`."""
+        return len(self._steps), len(self._waiting)
 
     @property
     def interactions(self) -> tuple[Interaction, ...]:

@@ -4,13 +4,11 @@ Names and meaning follow nnInteractive 2 (clustering_propagation.md, 5.6), exten
 model knows all its classes at once. Positions are indices of the image array that was set.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.data_conversion.interactions import (
@@ -20,12 +18,10 @@ from nnmosaic.data_conversion.interactions import (
     Point,
     Prompts,
     Scribble,
-    named_labels,
 )
-from nnmosaic.trainers.clustering_propagation.corrected_image import ChangedBox, CorrectedImage
-from nnmosaic.trainers.clustering_propagation.predictor import PropagationPredictor
+from nnmosaic.trainers.clustering_propagation.corrected_image import ChangedBox
+from nnmosaic.trainers.clustering_propagation.session_surface import SessionSurface
 from nnmosaic.trainers.clustering_propagation.slice_prompts import SlicePrompt
-from nnmosaic.trainers.predictor import available_folds, load_predictor
 
 INITIAL_SLICES = 5
 """Of an initial segmentation that count as drawn by the user: those where a label is largest."""
@@ -33,117 +29,20 @@ UNKNOWN_SHOWN = 10
 """So many of the values that a segmentation should not have are named."""
 
 
-class ClusteringPropagationSession:
+class ClusteringPropagationSession(SessionSurface):
     """One image at a time, automatic at first, then corrected.
 
-    Parameters
+    What it is made with, and how it meets a model and an image: see `SessionSurface`.
+
+    Attributes
     ----------
-    device : torch.device
+    negative_to : str
+        What is where a label is said not to be: "background", or, with "auto", the likeliest of
+        all others (of a drawn mark: that of most of its pixels). A box that an object is not in
+        is always background, and regions overlap: of them only the one that was named is not there.
     """
 
-    supported_interactions: Mapping[str, bool] = {
-        "points": True, "scribble": True, "lasso": True, "bbox2d": True, "bbox3d": False
-    }  # fmt: skip
-    supports_initial_label = True
-    supports_zero_shot_label_refinement = False
-    supports_undo = True
-    preferred_scribble_thickness: Sequence[int] = (1, 1, 1)
-    interaction_decay: float | None = None
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.multilabel = True
-        """Whether the target buffer gets all labels; if not, a mask of the active one."""
-        self.active_label: str | None = None
-        """The class that marks without a label are for; None: that of the first positive one."""
-
-    # ---------------------------------------------------------------- model and image
-
-    def initialize_from_trained_model_folder(
-        self,
-        folder: Path,
-        use_fold: int | str | None = None,
-        checkpoint_name: str = "checkpoint_final.pth",
-    ) -> None:
-        """Load a model; default: its first trained fold.
-
-        Raises
-        ------
-        InputError
-            If the folder holds no model of this method.
-        """
-        trained = available_folds(folder, checkpoint_name)
-        predictor = load_predictor(
-            folder, folds=trained[:1] if use_fold is None else [use_fold],
-            checkpoint=checkpoint_name, device=self.device, step_size=0.5, mirroring=False,
-        )  # fmt: skip
-        if not isinstance(predictor, PropagationPredictor):
-            raise InputError(
-                f"{folder} was trained by {predictor.trainer_name}, which clicks cannot correct. "
-                "Name a model of nnUNetTrainerClusteringPropagation."
-            )
-        self.predictor = predictor
-        self.labels: dict[str, Label] = {
-            name: label for name, label in named_labels(predictor.dataset_json["labels"]).items()
-            if name != "ignore"
-        }  # fmt: skip
-        """Names of what can be marked, with the background, and their integers."""
-
-    @property
-    def shown_labels(self) -> dict[str, int]:
-        """Names of all but the background -> value in the label map, in the order of the logits."""
-        manager = self.predictor.label_manager
-        names = [name for name, label in self.labels.items() if label != 0]
-        if manager.has_regions:
-            return dict(zip(names, map(int, manager.regions_class_order), strict=True))
-        integers = [(v, name) for name, v in self.labels.items() if isinstance(v, int) and v]
-        return {name: value for value, name in sorted(integers)}
-
-    def set_image(self, image: np.ndarray, image_properties: Mapping[str, Any]) -> None:
-        """Preprocess an image, and predict it without marks.
-
-        Parameters
-        ----------
-        image : ndarray, shape (channels, x, y, z)
-            The axes may have any order.
-        image_properties : mapping
-            "spacing": millimetres along the axes of the array. What nnU-Net's readers return with
-            an image can be given as it is.
-        """
-        self.image = CorrectedImage(self.predictor, image, image_properties)
-        self.original_image_shape = image.shape
-        self.target_buffer: np.ndarray | Tensor | None = None
-        self.active_label = None
-
-    @property
-    def label_map(self) -> np.ndarray:
-        """The present result: labels of the image array. It is changed in place."""
-        return self.image.label_map
-
-    def reset_interactions(self) -> None:
-        """Go back to the automatic result; features are kept."""
-        self.image.reset()
-        self._write_buffer()
-
-    def set_target_buffer(self, buffer: np.ndarray | Tensor) -> None:
-        """Set what results are written into, in place: uint8, in the shape of the image."""
-        if tuple(buffer.shape) != self.label_map.shape:
-            raise ValueError(
-                f"buffer must have shape {self.label_map.shape}, got {tuple(buffer.shape)}"
-            )
-        self.target_buffer = buffer
-        self._write_buffer()
-
-    def set_active_label(self, label: str | int) -> None:
-        """Choose the class that marks without a label are for.
-
-        Raises
-        ------
-        InputError
-            If there is none of this name or integer.
-        """
-        self.active_label = self._name(label)
-        self._write_buffer()
+    negative_to: Literal["background", "auto"] = "background"
 
     # ---------------------------------------------------------------- marks
 
@@ -152,6 +51,7 @@ class ClusteringPropagationSession:
         coordinates: Sequence[float],
         include_interaction: bool,
         run_prediction: bool = True,
+        override_capability_checks: bool = False,
         *,
         label: str | int | None = None,
     ) -> ChangedBox | None:
@@ -160,9 +60,11 @@ class ClusteringPropagationSession:
         Parameters
         ----------
         include_interaction : bool
-            Whether the label is there; if not, it is background.
+            Whether the label is there; if not, see `negative_to`.
         run_prediction : bool
             If not, the mark waits for the next one.
+        override_capability_checks : bool
+            Whether to take it although `supported_interactions` says no.
         label : str or int, optional
             Default: `active_label`.
 
@@ -174,8 +76,10 @@ class ClusteringPropagationSession:
         Raises
         ------
         InputError
-            If the position is outside of the image, or the label is unknown. Nothing has changed.
+            If the position is outside of the image, the label is unknown, or points are switched
+            off. Nothing has changed.
         """
+        self._check_supported("points", override_capability_checks)
         place = self.image.in_file([coordinates])[0]
         found = self._label(label, place, include_interaction)
         point = Point(found, place, include_interaction, self.image.round)
@@ -206,22 +110,30 @@ class ClusteringPropagationSession:
 
     def add_bbox_interaction(
         self,
-        box: Sequence[Sequence[int]],
+        bbox_coords: Sequence[Sequence[int]],
         include_interaction: bool,
         run_prediction: bool = True,
+        override_capability_checks: bool = False,
         *,
         label: str | int | None = None,
     ) -> ChangedBox | None:
         """Take a box around an object into account, [[first, behind the last], ...]; see above.
+
+        Over several slices it counts on each of them.
 
         Raises
         ------
         ValueError
             If the box is empty.
         """
-        if any(low >= high for low, high in box):
-            raise ValueError(f"box must not be empty, got {[list(side) for side in box]}")
-        corners = self.image.in_file([[low for low, _ in box], [high - 1 for _, high in box]])
+        if any(low >= high for low, high in bbox_coords):
+            sides = [list(side) for side in bbox_coords]
+            raise ValueError(f"bbox_coords: the box must not be empty, got {sides}")
+        flat = any(high - low == 1 for low, high in bbox_coords)
+        self._check_supported("bbox2d" if flat else "bbox3d", override_capability_checks)
+        corners = self.image.in_file(
+            [[low for low, _ in bbox_coords], [high - 1 for _, high in bbox_coords]]
+        )
         low, high = (tuple(map(function, *corners)) for function in (min, max))
         middle: Any = tuple((a + b) / 2 for a, b in zip(low, high, strict=True))
         found = self._label(label, middle, include_interaction)
@@ -230,40 +142,82 @@ class ClusteringPropagationSession:
 
     def add_scribble_interaction(
         self,
-        scribble: np.ndarray,
+        scribble_image: np.ndarray,
         include_interaction: bool,
         run_prediction: bool = True,
-        *,
+        override_capability_checks: bool = False,
         interaction_bbox: Sequence[Sequence[int]] | None = None,
+        *,
         label: str | int | None = None,
     ) -> ChangedBox | None:
-        """Take voxels above 0 into account; see `add_point_interaction`.
+        """Take voxels above 0 into account, as those of a line; see `add_point_interaction`.
+
+        As a click, they speak for what is around them, too.
 
         Parameters
         ----------
-        scribble : ndarray
+        scribble_image : ndarray
             In the shape of the image; with ``interaction_bbox`` of this box alone.
         """
-        offset = [low for low, _ in interaction_bbox] if interaction_bbox is not None else [0] * 3
-        size: tuple[int, ...] = self.label_map.shape
-        if interaction_bbox is not None:
-            size = tuple(high - low for low, high in interaction_bbox)
-        if scribble.shape != size:
-            raise ValueError(f"scribble must have shape {size}, got {scribble.shape}")
-        voxels = np.argwhere(scribble > 0)
+        self._check_supported("scribble", override_capability_checks)
+        voxels = self._drawn_voxels("scribble", scribble_image, interaction_bbox)
+        return self._add_voxels(
+            voxels, include_interaction, run_prediction, label=label, clicked=True
+        )
+
+    def add_lasso_interaction(
+        self,
+        lasso_image: np.ndarray,
+        include_interaction: bool,
+        run_prediction: bool = True,
+        override_capability_checks: bool = False,
+        interaction_bbox: Sequence[Sequence[int]] | None = None,
+        *,
+        label: str | int | None = None,
+    ) -> ChangedBox | None:
+        """Take the inside of a lasso, voxels above 0, into account: it ends where it was drawn.
+
+        Else as `add_scribble_interaction`.
+        """
+        self._check_supported("lasso", override_capability_checks)
+        voxels = self._drawn_voxels("lasso", lasso_image, interaction_bbox)
+        return self._add_voxels(
+            voxels, include_interaction, run_prediction, label=label, clicked=False
+        )
+
+    def _drawn_voxels(
+        self, kind: str, drawn: np.ndarray, bbox: Sequence[Sequence[int]] | None
+    ) -> np.ndarray:
+        """Return the voxels (P, 3) of the image array that are above 0 in a part of it."""
+        sides = [(0, size) for size in self.label_map.shape] if bbox is None else bbox
+        size = tuple(high - low for low, high in sides)
+        if drawn.shape != size:
+            raise ValueError(f"{kind} must have shape {size}, got {drawn.shape}")
+        voxels: np.ndarray = np.argwhere(drawn > 0)
         if not len(voxels):
             raise InputError("No voxel of the mark is above 0. Draw something.")
-        voxels = voxels + np.asarray(offset)
-        (place,) = self.image.in_file(voxels[len(voxels) // 2])
-        found = self._label(label, place, include_interaction)
-        marked = self.image.marked_voxels(voxels, found, positive=include_interaction)
-        return self._written(self.image.add((), marked, run=run_prediction))
+        voxels += np.asarray([low for low, _ in sides])
+        return voxels
 
-    add_lasso_interaction = add_scribble_interaction
-    """The inside of the lasso, as voxels."""
+    def _add_voxels(
+        self,
+        voxels: np.ndarray,
+        positive: bool,
+        run: bool,
+        *,
+        label: str | int | None,
+        clicked: bool,
+    ) -> ChangedBox | None:
+        (place,) = self.image.in_file(voxels[len(voxels) // 2])
+        found = self._label(label, place, positive)
+        marked = self.image.marked_voxels(voxels, found, positive=positive, clicked=clicked)
+        return self._written(self.image.add((), self._meant(marked), run=run))
 
     def add_initial_seg_interaction(
-        self, initial_seg: np.ndarray, run_prediction: bool = False
+        self,
+        initial_seg: np.ndarray,
+        run_prediction: bool = False,
+        override_capability_checks: bool = False,
     ) -> ChangedBox | None:
         """Start from a label map; what was marked before is dropped.
 
@@ -281,6 +235,7 @@ class ClusteringPropagationSession:
         InputError
             If it shows other labels, or none that counts. Nothing has changed.
         """
+        self._check_supported("initial_label", override_capability_checks)
         drawn = self._checked_segmentation(initial_seg)
         self.reset_interactions()
         prompts: list[SlicePrompt] = []
@@ -317,10 +272,6 @@ class ClusteringPropagationSession:
             )
         return kept
 
-    def _labels_in_words(self) -> str:
-        members = {n: (v,) if isinstance(v, int) else v for n, v in self.labels.items()}
-        return ", ".join(f"{name} ({', '.join(map(str, of))})" for name, of in members.items())
-
     def undo(self) -> bool:
         """Take the last mark back exactly; return whether there was one."""
         done = self.image.undo()
@@ -335,53 +286,40 @@ class ClusteringPropagationSession:
         """
         return Prompts("voxel", order="zyx", interactions=self.image.interactions)
 
-    def suggest_slice(self) -> int | None:
-        """Return the slice, along `slice_axis`, that is most in doubt; None: all are marked."""
-        return self.image.suggest_slice()
-
-    @property
-    def slice_axis(self) -> int:
-        """The axis of the image array along which the model sees slices."""
-        return int(self.predictor.plans_manager.transpose_forward[0])
-
     # ---------------------------------------------------------------- how
-
-    def _name(self, label: str | int) -> str:
-        for name, value in self.labels.items():
-            if label in (name, value):
-                return name
-        raise InputError(f"Unknown label {label!r}. The labels are {', '.join(self.labels)}.")
 
     def _label(self, label: str | int | None, place: Any, positive: bool) -> Label:
         """Return the integer of a label, or of the one that is likeliest at a place."""
+        name = self.active_label
+        if name is None:
+            self._found_label = None
         if label is not None:
             return self.labels[self._name(label)]
-        if self.active_label is None:
+        if name is None:
             if not positive:
                 raise InputError("The first mark must show a label, or name it.")
             (marked,) = self.image.marked(Point(0, place))
             shown = self.shown_labels
             likeliest = self.image.logits_at(marked)[-len(shown) :].argmax()
-            self.active_label = [*shown][int(likeliest)]
-        return self.labels[self.active_label]
+            name = [*shown][int(likeliest)]
+            self._found_label = name, self.image.progress
+        return self.labels[name]
 
     def _add(self, interaction: Interaction, run: bool) -> ChangedBox | None:
         marked = self.image.marked(interaction)
-        return self._written(self.image.add((interaction,), marked, run=run))
+        meant = marked if isinstance(interaction, Box) else self._meant(marked)
+        if meant is not marked:
+            interaction = replace(interaction, label=meant[0].label, positive=True)
+        return self._written(self.image.add((interaction,), meant, run=run))
 
-    def _written(self, changed: ChangedBox | None) -> ChangedBox | None:
-        """Bring the target buffer up to date after a change."""
-        self._write_buffer()
-        return changed
-
-    def _write_buffer(self) -> None:
-        if self.target_buffer is None:
-            return
-        shown = self.label_map
-        if not self.multilabel:
-            wanted = self.labels[self.active_label] if self.active_label is not None else ()
-            shown = np.isin(self.label_map, wanted).astype(np.uint8)
-        if isinstance(self.target_buffer, Tensor):
-            self.target_buffer.copy_(torch.from_numpy(shown))
-        else:
-            self.target_buffer[:] = shown
+    def _meant(self, marks: tuple[SlicePrompt, ...]) -> tuple[SlicePrompt, ...]:
+        """Return marks of one label; if it is not there, marks of what `negative_to` says."""
+        if self.negative_to not in ("background", "auto"):
+            raise ValueError(
+                f'negative_to must be "background" or "auto", got {self.negative_to!r}'
+            )
+        of_regions = self.predictor.label_manager.has_regions
+        if marks[0].positive or of_regions or self.negative_to == "background":
+            return marks
+        other = self.image.likeliest_other(marks)
+        return tuple(replace(mark, label=other, positive=True) for mark in marks)

@@ -1,17 +1,20 @@
 """Sessions in which a person corrects an image (spec 5.6; invariants 2, 10, 11, 14 and 16)."""
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK
+import torch
 from nnunetv2.inference.export_prediction import (
     convert_predicted_logits_to_segmentation_with_correct_shape,
 )
 
 from nnmosaic.data_conversion.errors import InputError
+from nnmosaic.data_conversion.interactions import Scribble
 from nnmosaic.data_conversion.prompts import write_prompts
 from nnmosaic.pipeline.cli import main
 from nnmosaic.trainers.clustering_propagation.session import ClusteringPropagationSession
@@ -88,13 +91,13 @@ def test_a_bad_mark_changes_nothing(
 def test_marks_as_voxels_and_boxes(session: ClusteringPropagationSession) -> None:
     drawn = np.zeros(session.label_map.shape, np.uint8)
     drawn[5, 8:12, 9:15] = 1
-    session.add_lasso_interaction(drawn, True, label="dark")
-    whole = session.label_map.copy()
-    assert session.undo()
-    session.add_scribble_interaction(
-        drawn[5:6, 8:12, 9:15], True, interaction_bbox=[[5, 6], [8, 12], [9, 15]], label="dark"
-    )
-    np.testing.assert_array_equal(session.label_map, whole)
+    for add in (session.add_lasso_interaction, session.add_scribble_interaction):
+        add(drawn, True, label="dark")
+        whole = session.label_map.copy()
+        assert session.undo()
+        part = drawn[5:6, 8:12, 9:15]
+        add(part, True, interaction_bbox=[[5, 6], [8, 12], [9, 15]], label="dark")
+        np.testing.assert_array_equal(session.label_map, whole)
     session.add_bbox_interaction([[7, 8], [6, 15], [8, 20]], True, label="bright")
     assert (session.label_map != whole).any()
     with pytest.raises(ValueError, match="box must not be empty"):
@@ -144,6 +147,127 @@ def test_a_viewers_buffer_shows_the_active_label(session: ClusteringPropagationS
     np.testing.assert_array_equal(buffer, before)
     with pytest.raises(ValueError, match="buffer must have shape"):
         session.set_target_buffer(buffer[1:])
+
+
+def test_a_drawn_line_speaks_for_what_is_around_it_and_the_inside_of_a_lasso_does_not(
+    session: ClusteringPropagationSession,
+) -> None:
+    drawn = np.zeros(session.label_map.shape, np.uint8)
+    drawn[6, 12, 9:15] = 1
+    found = []
+    for add, clicked in (
+        (session.add_scribble_interaction, True),
+        (session.add_lasso_interaction, False),
+    ):
+        add(drawn, True, label="dark")
+        (marks,) = session.image.volume.marks.values()
+        assert marks.on[2].any()
+        assert torch.equal(marks.clicked, marks.on[2] & clicked)
+        found.append(session.label_map == 2)
+        assert session.undo()
+    assert (found[0] | ~found[1]).all()
+    assert found[0].sum() > found[1].sum()
+
+
+def test_a_label_that_nobody_chose_is_active_as_long_as_its_mark_counts(
+    session: ClusteringPropagationSession,
+) -> None:
+    session.multilabel = False
+    buffer = np.zeros(session.label_map.shape, np.uint8)
+    session.set_target_buffer(buffer)
+    place = (6, 12, 14)
+    for run in (True, False):
+        session.add_point_interaction(place, True, run_prediction=run)
+        assert session.active_label in ("bright", "dark")
+        assert session.undo()
+        assert session.active_label is None
+        assert not buffer.any()
+    session.add_point_interaction(place, True)
+    session.reset_interactions()
+    assert session.active_label is None
+    with pytest.raises(InputError, match="not in the image"):
+        session.add_scribble([place, (6, 12, 400)], True)
+    session.add_point_interaction(place, True, label="bright")
+    assert session.active_label is None
+    session.add_point_interaction(place, True)
+    assert session.active_label is not None
+    session.undo()
+    assert session.active_label is None  # the mark that is left named its label
+
+    session.set_active_label("dark")
+    session.add_point_interaction(place, True)
+    session.reset_interactions()
+    assert session.active_label == "dark"
+
+
+def place_without_background(session: ClusteringPropagationSession) -> tuple[float, float, float]:
+    """Return a place where background is the least likely label."""
+    for place in product(range(4, 9), range(6, 22), range(6, 26)):
+        (voxel,) = session.image.marked_voxels(np.array([place]), 1, positive=False)
+        logits = session.image.volume.logits([voxel.slice_index])[:, 0]
+        if not logits[:, voxel.rows.round(), voxel.columns.round()].argmin(0).any():
+            return place
+    raise AssertionError("the random network has another look")
+
+
+def test_what_is_not_there_is_background_or_the_other_label_that_is_found(
+    session: ClusteringPropagationSession,
+) -> None:
+    place = place_without_background(session)
+    drawn = np.zeros(session.label_map.shape, np.uint8)
+    drawn[place] = 1
+    others = {"bright": "dark", "dark": "bright"}
+    for label, other in others.items():
+        session.add_point_interaction(place, False, label=label)
+        assert session.label_map[place] == 0
+        session.undo()
+        session.negative_to = "auto"
+        for add, where in (
+            (session.add_point_interaction, place),
+            (session.add_scribble_interaction, drawn),
+            (session.add_lasso_interaction, drawn),
+        ):
+            add(where, False, label=label)
+            assert session.label_map[place] == session.labels[other]
+            session.undo()
+        session.negative_to = "background"
+    session.negative_to = "auto"
+    session.add_scribble([place, place], False, label="bright", radius=0)
+    session.add_bbox_interaction([[int(i), int(i) + 2] for i in place], False, label="bright")
+    line, box = session.prompts.interactions
+    assert (line.label, line.positive) == (2, True)
+    assert (box.label, box.positive) == (1, False)
+
+    before = session.label_map.copy()
+    session.negative_to = "other"
+    with pytest.raises(ValueError, match='negative_to must be "background" or "auto"'):
+        session.add_point_interaction(place, False, label="bright")
+    np.testing.assert_array_equal(session.label_map, before)
+
+
+def test_most_pixels_of_a_mark_say_which_other_label_it_is(
+    session: ClusteringPropagationSession,
+) -> None:
+    (mark, *_) = session.image.marked(Scribble(1, ((6, 12, 6), (6, 12, 26)), 0, positive=False))
+    logits = session.image.volume.logits([mark.slice_index])[[0, 2], 0]
+    shown = logits[:, mark.rows.round(), mark.columns.round()].argmax(0).float()
+    assert 0 < shown.mean() < 1
+    expected = (0, 2)[int(shown.mean() > 0.5)]
+    assert session.image.likeliest_other([mark]) == expected
+
+
+def test_a_region_that_is_not_there_leaves_the_others_alone(
+    propagation_session: Callable[..., ClusteringPropagationSession],
+) -> None:
+    session = propagation_session(regions=True)
+    found = []
+    for way in ("background", "auto"):
+        session.negative_to = way
+        session.add_point_interaction((6, 12, 14), False, label="dark")
+        found.append(session.label_map.copy())
+        assert not session.prompts.interactions[-1].positive
+        session.undo()
+    np.testing.assert_array_equal(*found)
 
 
 def test_the_next_slice_to_look_at(session: ClusteringPropagationSession) -> None:
