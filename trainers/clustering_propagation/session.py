@@ -237,6 +237,7 @@ class ClusteringPropagationSession(SessionSurface):
         """
         self._check_supported("initial_label", override_capability_checks)
         drawn = self._checked_segmentation(initial_seg)
+        shown = initial_seg.copy()  # it may be the buffer, which the next line writes into
         self.reset_interactions()
         prompts: list[SlicePrompt] = []
         for label in self.labels.values():
@@ -245,7 +246,7 @@ class ClusteringPropagationSession(SessionSurface):
                 continue
             marked = self.image.marked_voxels(voxels, label, positive=True)
             prompts += sorted(marked, key=lambda prompt: -len(prompt.rows))[:INITIAL_SLICES]
-        changed = self.image.add((), tuple(prompts), run=run_prediction, meanwhile=initial_seg)
+        changed = self.image.add((), tuple(prompts), run=run_prediction, meanwhile=shown)
         return self._written(changed)
 
     def _checked_segmentation(self, segmentation: np.ndarray) -> np.ndarray:

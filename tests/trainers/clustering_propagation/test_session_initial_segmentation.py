@@ -89,6 +89,17 @@ def test_the_empty_rim_is_background_after_the_next_mark(
     assert (session.label_map[3:7, 3:8, 5:15] == 2).mean() > 0.85
 
 
+def test_a_viewer_may_give_its_own_buffer(
+    session: ClusteringPropagationSession, drawn: np.ndarray
+) -> None:
+    buffer = np.zeros_like(session.label_map)
+    session.set_target_buffer(buffer)
+    buffer[:] = drawn
+    session.add_initial_seg_interaction(buffer)
+    np.testing.assert_array_equal(session.label_map, drawn)
+    np.testing.assert_array_equal(buffer, drawn)
+
+
 def test_reset_forgets_what_was_shown_in_the_empty_rim(
     session: ClusteringPropagationSession, drawn: np.ndarray
 ) -> None:
