@@ -15,6 +15,19 @@ from nnmosaic.trainers.clustering_propagation.session import ClusteringPropagati
 
 DIRECTION = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 
+KINDS = [(False, "gru"), (True, "gru"), (False, "last"), (False, "window")]
+"""Regions or labels, and the memory."""
+
+
+@pytest.fixture(
+    params=KINDS,
+    ids=[f"{'regions' if regions else 'labels'}-{memory}" for regions, memory in KINDS],
+)
+def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Return the options of a network whose volumes must behave as those of every other one."""
+    regions, memory = request.param
+    return {"regions": regions, "memory": memory}
+
 
 @pytest.fixture
 def make_network() -> Callable[..., ClusteringPropagationNet]:

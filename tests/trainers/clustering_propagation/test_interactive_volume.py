@@ -28,11 +28,11 @@ def image() -> Tensor:
     return torch.randn(2, SLICES, ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(params=[False, True], ids=["labels", "regions"])
+@pytest.fixture
 def network(
-    request: pytest.FixtureRequest, make_network: Callable[..., ClusteringPropagationNet]
+    kind: dict[str, Any], make_network: Callable[..., ClusteringPropagationNet]
 ) -> ClusteringPropagationNet:
-    made = make_network(regions=request.param)
+    made = make_network(**kind)
     torch.nn.init.normal_(made.head.from_user.weight, std=0.5)
     return made
 
@@ -227,6 +227,19 @@ def test_mirrored_marks_on_a_mirrored_image(
         results.append(found.logits().flip([axis + 1 for axis in axes]))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=5e-3, atol=5e-3)
+
+
+def test_flipped_marks_in_a_flipped_volume(
+    network: ClusteringPropagationNet, image: Tensor
+) -> None:
+    steps = [{3: click(network, 4, 5), 8: click(network, 9, 12, 1)}, {5: click(network, 2, 2)}]
+    found, flipped = volume(network, image), volume(network, image.flip(1))
+    automatic = found.logits()
+    for marks in steps:
+        found.add(marks)
+        flipped.add({SLICES - 1 - index: of_slice for index, of_slice in marks.items()})
+    torch.testing.assert_close(flipped.logits().flip(1), found.logits(), rtol=2e-3, atol=2e-3)
+    assert (found.logits() - automatic).abs().max() > 0.05
 
 
 def test_the_doubtful_slice_has_no_marks(network: ClusteringPropagationNet, image: Tensor) -> None:

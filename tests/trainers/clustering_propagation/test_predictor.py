@@ -30,11 +30,13 @@ def image() -> Tensor:
 
 
 @pytest.fixture
-def predictor(make_network: Callable[..., ClusteringPropagationNet]) -> PropagationPredictor:
+def predictor(
+    kind: dict[str, Any], make_network: Callable[..., ClusteringPropagationNet]
+) -> PropagationPredictor:
     made = PropagationPredictor(
         use_mirroring=False, perform_everything_on_device=False, device=CPU, allow_tqdm=False
     )
-    made.network = make_network()
+    made.network = make_network(**kind)
     made.configuration_manager = SimpleNamespace(patch_size=(16, 24))
     made.allowed_mirroring_axes = (0, 1)
     made.slice_distance = 3.0
@@ -105,12 +107,14 @@ def test_the_fullest_slice_shows_most(predictor: PropagationPredictor, image: Te
     found = predictor._fullest(features)
     assert found % 4 == 0
     empty = predictor.network.initial_state(1)
+    regions = predictor.network.layout.regions
     scores = []
     for z in range(0, 19, 4):
         ((_, result, _, _),) = travel(features, [z], empty, distance_mm=0)
-        labels = result.logits[0].argmax(0)
-        presence = result.presence[0].sigmoid()
-        scores.append(sum(float(presence[k]) * int((labels == k).sum()) for k in (1, 2)))
+        logits, presence = result.logits[0], result.presence[0].sigmoid()
+        masks = logits > 0 if regions else [logits.argmax(0) == k for k in range(3)]
+        shown = (0, 1, 2) if regions else (1, 2)  # of labels, the first one is the background
+        scores.append(sum(float(presence[k]) * int(masks[k].sum()) for k in shown))
     assert found == 4 * max(range(5), key=lambda i: scores[i])
 
 
