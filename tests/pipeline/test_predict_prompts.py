@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK
+import torch
 
 from nnmosaic.data_conversion.interactions import Mask, Prompts
 from nnmosaic.pipeline.cli import main
+from nnmosaic.pipeline.prediction_run import PredictionRun
 from nnmosaic.pipeline.propagation import state_of
 
 POINT = {"type": "point", "label": "dark", "coord": [12, 10, 4]}
@@ -58,6 +60,84 @@ def test_prompts_change_their_case_only(folder: Path, caplog: pytest.LogCaptureF
         marked = label_map(folder, "marked", case)
         assert (marked != automatic).any() == (case == "a")
     assert label_map(folder, "marked", "a")[4, 10, 12] == 2
+
+
+def test_a_mask_is_a_drawing_wherever_its_file_lies(
+    folder: Path, save: Callable[..., None]
+) -> None:
+    assert predict(folder, "automatic") == 0
+    drawn = np.zeros((9, 22, 25), np.uint8)
+    drawn[3:6, 10, 8:14] = 1
+    save(folder / "prompts" / "whole.nii.gz", drawn)
+    place = (3.0, -2.0 + 10 * 1.25, 5.0)  # the image begins at -2, its rows are 1.25 mm apart
+    save(folder / "prompts" / "row.nii.gz", drawn[:, 10:11], origin=place)
+    for name in ("whole", "row"):
+        write(folder, {"type": "mask", "label": "dark", "file": f"{name}.nii.gz"})
+        assert predict(folder, name, "--prompts", str(folder / "prompts")) == 0
+    automatic, whole = (label_map(folder, output, "a") for output in ("automatic", "whole"))
+    assert (automatic[drawn > 0] != 2).any()
+    assert (whole[drawn > 0] == 2).all()
+    assert (whole != automatic)[drawn == 0].any()
+    np.testing.assert_array_equal(label_map(folder, "row", "a"), whole)
+
+
+@pytest.mark.parametrize("system", ["LPS", "RAS"])
+def test_points_of_3d_slicer_are_clicks(
+    folder: Path, save: Callable[..., None], system: str
+) -> None:
+    path = folder / "images" / "a_0000.nii.gz"
+    array = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+    save(path, array, direction=(0.6, -0.8, 0, 0.8, 0.6, 0, 0, 0, 1))
+    image = SimpleITK.ReadImage(str(path))
+    x, y, z = image.TransformIndexToPhysicalPoint(POINT["coord"])
+    position = [x, y, z] if system == "LPS" else [-x, -y, z]
+    markup = {
+        "type": "Fiducial", "coordinateSystem": system, "coordinateUnits": "mm", "name": "dark",
+        "controlPoints": [
+            {"id": "1", "label": "F-1", "position": position, "positionStatus": "defined"}
+        ],
+    }  # fmt: skip
+    slicers = {"@schema": "markups-schema-v1.0.3.json#", "markups": [markup]}
+    (folder / "prompts" / "a.mrk.json").write_text(json.dumps(slicers))
+    assert predict(folder, "slicer", "--prompts", str(folder / "prompts")) == 0
+    (folder / "prompts" / "a.mrk.json").unlink()
+    write(folder, POINT)
+    assert predict(folder, "ours", "--prompts", str(folder / "prompts")) == 0
+    assert predict(folder, "automatic") == 0
+    slicer, ours, automatic = (
+        label_map(folder, output, "a") for output in ("slicer", "ours", "automatic")
+    )
+    np.testing.assert_array_equal(slicer, ours)
+    assert slicer[4, 10, 12] == 2
+    assert (slicer != automatic).any()
+
+
+def test_folds_answer_with_the_mean_of_their_logits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Path("fold_0", "checkpoint_final.pth")
+    content = torch.load(folder / "model" / checkpoint, weights_only=False)
+    generator = torch.Generator().manual_seed(1)
+    for weight in content["network_weights"].values():
+        weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    (folder / "model" / "fold_1").mkdir()
+    torch.save(content, folder / "model" / "fold_1" / checkpoint.name)
+    found: dict[str, np.ndarray] = {}
+
+    def keep(_: PredictionRun, case: Any, logits: np.ndarray, properties: Any) -> None:
+        found[case.identifier] = logits.astype(np.float32)
+
+    monkeypatch.setattr(PredictionRun, "write", keep)
+    write(folder, POINT)  # in one of the two images
+    logits = []
+    for folds in (["0"], ["1"], ["0", "1"]):
+        chosen = ["-f", *folds, "--prompts", str(folder / "prompts")]
+        assert predict(folder, "out", *chosen) == 0
+        logits.append(dict(found))
+    for case in ("a", "b"):
+        one, other, both = (of_folds[case] for of_folds in logits)
+        assert np.abs(one - other).max() > 0.1
+        np.testing.assert_allclose(both, (one + other) / 2, rtol=2e-3, atol=2e-3)
 
 
 def test_order_and_equal_repetition_in_a_file_do_not_matter(folder: Path) -> None:
