@@ -14,6 +14,7 @@ from nnmosaic.data_conversion.interactions import Mask, Prompts
 from nnmosaic.pipeline.cli import main
 from nnmosaic.pipeline.prediction_run import PredictionRun
 from nnmosaic.pipeline.propagation import state_of
+from nnmosaic.trainers.predictor import load_predictor
 
 POINT = {"type": "point", "label": "dark", "coord": [12, 10, 4]}
 
@@ -138,6 +139,47 @@ def test_folds_answer_with_the_mean_of_their_logits(
         one, other, both = (of_folds[case] for of_folds in logits)
         assert np.abs(one - other).max() > 0.1
         np.testing.assert_allclose(both, (one + other) / 2, rtol=2e-3, atol=2e-3)
+
+
+def header(path: Path) -> dict[str, Any]:
+    image = SimpleITK.ReadImage(str(path))
+    names = ("Size", "Spacing", "Origin", "Direction", "PixelID")
+    return {name: getattr(image, f"Get{name}")() for name in names}
+
+
+@pytest.mark.parametrize("model", ["propagation_model", "region_propagation_model"])
+def test_files_are_those_that_nnunet_writes_for_the_same_logits(
+    model: str, request: pytest.FixtureRequest, tmp_path: Path, save: Callable[..., None]
+) -> None:
+    request.getfixturevalue(model)
+    array = np.random.default_rng(0).normal(100, 20, (9, 22, 25)).astype(np.float32)
+    array[:, :4] = array[:2] = 0  # is cropped
+    geometry = {
+        "spacing": (0.9, 1.7, 1.3), "origin": (-40.5, 12.25, 310.0),
+        "direction": (0.6, -0.8, 0, 0.8, 0.6, 0, 0, 0, 1),
+    }  # fmt: skip
+    save(tmp_path / "images" / "a_0000.nii.gz", array, **geometry)
+    (tmp_path / "prompts").mkdir()
+    write(tmp_path, POINT)
+    assert predict(tmp_path, "ours", "--sweep", "none") == 0
+    assert predict(tmp_path, "marked", "--prompts", str(tmp_path / "prompts")) == 0
+    predictor: Any = load_predictor(
+        tmp_path / "model", folds=[0], checkpoint="checkpoint_final.pth",
+        device=torch.device("cpu"), step_size=0.5, mirroring=False,
+    )  # fmt: skip
+    predictor.sweep = "none"  # the only one that needs no distance of the slices
+    (tmp_path / "theirs").mkdir()
+    predictor.predict_from_files_sequential(str(tmp_path / "images"), str(tmp_path / "theirs"))
+    ours, theirs = (label_map(tmp_path, output, "a") for output in ("ours", "theirs"))
+    np.testing.assert_array_equal(ours, theirs)
+    assert set(np.unique(ours)) == {0, 1, 2}
+    expected = header(tmp_path / "theirs" / "a.nii.gz")
+    image = header(tmp_path / "images" / "a_0000.nii.gz")
+    for output in ("ours", "marked"):
+        found = header(tmp_path / output / "a.nii.gz")
+        assert found == expected
+        for name in ("Size", "Spacing", "Origin", "Direction"):
+            assert found[name] == pytest.approx(image[name])
 
 
 def test_order_and_equal_repetition_in_a_file_do_not_matter(folder: Path) -> None:
