@@ -52,7 +52,8 @@ def share_of_clicks(clicked: Tensor, there: Tensor, here: Tensor, *, across: flo
     low, high = (places.min(0).values - margin).clamp_min(0), places.max(0).values + margin + 1
     window = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
     looks = there[:, clicked][:, _some(len(places))]  # (channels, P)
-    difference = looks[:, :, None, None] - here[(slice(None), *window)][:, None]
+    around = here[:, window[0], window[1]]
+    difference = looks[:, :, None, None] - around[:, None]
     unlike = difference.square().mean(0).sqrt().amin(0).numpy()
     ways = MCP_Geometric(ALIKE + UNLIKE * unlike)
     length, _ = ways.find_costs(clicked[window].nonzero().tolist())
@@ -63,7 +64,8 @@ def share_of_clicks(clicked: Tensor, there: Tensor, here: Tensor, *, across: flo
 
 def _some(number: int) -> np.ndarray:
     """Return up to `LOOKS` indices below a number, evenly spread."""
-    return np.linspace(0, number - 1, min(number, LOOKS)).round().astype(int)
+    evenly = np.linspace(0, number - 1, min(number, LOOKS))
+    return np.asarray(evenly.round(), dtype=int)
 
 
 def told(logits: Tensor, on: Tensor, off: Tensor, *, regions: bool) -> Tensor:
