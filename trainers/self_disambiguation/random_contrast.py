@@ -21,8 +21,8 @@ bright by many standard deviations, as T2 with fat suppression does."""
 OWN = 0.5
 """Share of the annotated structures that get an intensity of their own."""
 OWN_MEAN, OWN_SPREAD = (-1.5, 3.5), (0.7, 1.5)
-"""Of such a structure: new mean, in standard deviations of the image above its mean, and the factor
-of its own contrast."""
+"""Of such a structure: new mean, in standard deviations of the image above its mean (both of the
+voxels inside), and the factor of its own contrast."""
 
 
 def with_random_contrast(
@@ -39,10 +39,11 @@ def with_random_contrast(
     Some annotated structures get an intensity of their own: a curve alone cannot part tissues that
     are alike. Then all intensities follow a random curve that rises and falls. It is linear between
     points at random quantiles of the intensities, so that tissues come apart however near each
-    other they are; the darkest voxels stay the darkest. Mean and standard deviation stay as they
-    were. After the random intensity curves of Zhou et al. (Models Genesis, Medical Image Analysis
-    2021) and the random intensities of labelled structures of Billot et al. (SynthSeg, Medical
-    Image Analysis 2023).
+    other they are. It starts at its lowest point: what is darkest after the first step, air or a
+    structure, stays darkest. Mean and standard deviation of the image stay as they were. After the
+    random intensity curves of Zhou et al. (Models Genesis, Medical Image Analysis 2021) and the
+    random intensities of labelled structures of Billot et al. (SynthSeg, Medical Image Analysis
+    2023).
 
     Parameters
     ----------
@@ -65,7 +66,8 @@ def with_random_contrast(
         if torch.rand((), generator=generator) < share:
             for channel, is_masked in zip(image, masked, strict=False):
                 new = with_own_intensities(channel, label, classes, generator, masked=is_masked)
-                channel.copy_(on_curve(new, *_random_curve(generator), masked=is_masked))
+                curve = _random_curve(generator)
+                channel.copy_(on_curve(new, *curve, masked=is_masked, like=channel))
     return changed
 
 
@@ -79,24 +81,35 @@ def with_own_intensities(
 ) -> Tensor:
     """Return an image in which some of the annotated structures are darker or brighter.
 
+    What is drawn for a class does not depend on which classes are present.
+
     Parameters
     ----------
     channel, labels : Tensor, shape (*spatial)
     classes, generator, masked
         As in `with_random_contrast`.
     """
+    draws = torch.rand(classes - 1, 3, generator=generator).tolist()
     old = channel.float()
-    new = old
-    for c in range(1, classes):
-        chosen, mean, spread = torch.rand(3, generator=generator).tolist()
-        if chosen < OWN:
-            here = labels == c
-            if masked:
-                here = here & (old != 0)
-            its_mean = (old * here).sum() / here.sum().clamp_min(1)
-            goal = old.mean() + _between(*OWN_MEAN, mean) * old.std()
-            new = torch.where(here, (old - its_mean) * _between(*OWN_SPREAD, spread) + goal, new)
-    return new.to(channel.dtype)
+    inside = _inside(old, masked)
+    voxels, of_class = old[inside], labels[inside]
+    if len(voxels) == 0:
+        return channel
+    deviation, mean = torch.std_mean(voxels, correction=0)
+    # All that is no class, an ignore label say, is counted last.
+    counts = torch.bincount(of_class.long().clamp(0, classes), minlength=classes + 1).tolist()
+    new = voxels
+    for c, (chosen, level, spread) in enumerate(draws, start=1):
+        if counts[c] > 0 and chosen < OWN:
+            here = of_class == c
+            its_mean = (voxels * here).sum() / counts[c]
+            goal = mean + _between(*OWN_MEAN, level) * deviation
+            new = torch.where(here, (voxels - its_mean) * _between(*OWN_SPREAD, spread) + goal, new)
+    return old.masked_scatter(inside, new).to(channel.dtype)
+
+
+def _inside(channel: Tensor, masked: bool) -> Tensor:
+    return channel != 0 if masked else torch.ones_like(channel, dtype=torch.bool)
 
 
 def _between(low: float, high: float, part: float) -> float:
@@ -112,38 +125,48 @@ def _random_curve(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return inner, values**power
 
 
-def on_curve(channel: Tensor, fractions: Tensor, values: Tensor, *, masked: bool = False) -> Tensor:
-    """Return an image with its intensities on a curve, its mean and standard deviation as before.
+def on_curve(
+    channel: Tensor,
+    fractions: Tensor,
+    values: Tensor,
+    *,
+    masked: bool = False,
+    like: Tensor | None = None,
+) -> Tensor:
+    """Return an image with its intensities on a curve, and the moments of the one it was made from.
 
     Parameters
     ----------
     channel : Tensor, shape (*spatial)
-        Without contrast it stays as it is.
     fractions : Tensor, shape (points - 2,)
         Quantiles of the voxels that are not air, ascending. The first and the last point are the
         darkest and the brightest voxels.
     values : Tensor, shape (points,)
         The intensities that take their place.
     masked : bool
-        Voxels that are 0 are outside, and stay so.
+        Voxels that are 0 in ``like`` are outside, and stay so.
+    like : Tensor, shape (*spatial), optional
+        Mean and standard deviation inside become those of this image; where ``channel`` has no
+        contrast, this is returned. Default: ``channel``.
     """
-    old = channel.float()
-    inside = old != 0 if masked else torch.ones_like(old, dtype=torch.bool)
-    voxels = old[inside]
+    like = channel if like is None else like
+    old, before = channel.float(), like.float()
+    inside = _inside(before, masked)
+    voxels, goal = old[inside], before[inside]
     if len(voxels) == 0:
-        return channel
+        return like
     some = voxels[:: max(1, len(voxels) // SAMPLE)]
     low, high = some.quantile(torch.tensor([CUT, 1 - CUT], device=some.device)).unbind()
     if low == high:
-        return channel
+        return like
     tissue = some[some > low + AIR * (high - low)]
     knots = _level(tissue.quantile(fractions.to(some)), low, high)
     new = _curve(knots.tolist(), values.tolist()).to(old)[_level(voxels, low, high)]
     spread = new.std()
     if spread == 0:
-        return channel
-    new = (new - new.mean()) / spread * voxels.std() + voxels.mean()
-    return old.masked_scatter(inside, new).to(channel.dtype)
+        return like
+    new = (new - new.mean()) / spread * goal.std() + goal.mean()
+    return before.masked_scatter(inside, new).to(channel.dtype)
 
 
 def _level(intensities: Tensor, low: Tensor, high: Tensor) -> Tensor:
