@@ -87,7 +87,10 @@ BUDGETS = {
     "hippocampus": ("3d_fullres", {"epochs": 20, "iterations_per_epoch": 40}),
     "chaos_sequences": ("3d_lowres", {"epochs": 120, "iterations_per_epoch": 40}),
 }
-SOFT_TEACHER = {"ema_teacher": "true", "teacher_threshold": "0", "ramp": "0.5"}
+SOFT_TEACHER = {
+    "ema_teacher": "true", "teacher_threshold": "0", "teacher_foreground_threshold": "0",
+    "ramp": "0.5",
+}  # fmt: skip
 SIDES = {"mirroring": "false"}
 """There are a left and a right kidney."""
 ANY_CONTRAST = {**SIDES, "random_contrast": "1"}

@@ -91,7 +91,7 @@ class OpenVoxels:
         return average(total, self._count, ddp=self._ddp)
 
     def teacher_cross_entropy(
-        self, teacher_logits: Tensor, threshold: float, foreground_threshold: float
+        self, teacher_logits: Tensor, *, threshold: float, foreground_threshold: float
     ) -> Tensor:
         """Return the cross-entropy with a teacher, both restricted to the possible classes (7.3.2).
 
@@ -100,8 +100,9 @@ class OpenVoxels:
         teacher_logits : Tensor, shape (B, C, *spatial)
             No gradient goes to the teacher.
         threshold, foreground_threshold : float
-            The teacher counts where its probability of the background, among the possible classes,
-            is above the first, or that of another class above the second.
+            A voxel counts by the class that the teacher thinks most probable among the possible
+            ones: where its probability among these is above the first if it is the background,
+            above the second if it is another class.
 
         Returns
         -------
@@ -113,9 +114,10 @@ class OpenVoxels:
         channels = class_channels(teacher_logits.detach())
         for b, classes, voxels, log_p in self._groups:
             goal = torch.softmax(_stacked(channels[b], classes), 0)
-            sure = torch.zeros_like(voxels)
-            for c, probability in zip(classes, goal, strict=True):
-                sure |= probability > (foreground_threshold if c else threshold)
+            best, place = goal.max(0)
+            sure = best > foreground_threshold
+            if classes[0] == 0:  # they ascend
+                sure = torch.where(place == 0, best > threshold, sure)
             total = total - (goal * (sure & voxels) * log_p).sum()
         return average(total, self._count, ddp=self._ddp)
 

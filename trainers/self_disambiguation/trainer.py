@@ -71,9 +71,10 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
     teacher_weight: float = 1.0
     teacher_decay: Fraction = Fraction(0.99)
     teacher_threshold: Fraction = Fraction(0.9)
-    """Probability of the background, inside the group, above which the teacher counts."""
+    """Probability inside the group above which the teacher is trusted where it thinks background
+    most probable."""
     teacher_foreground_threshold: Fraction = Fraction(0.9)
-    """The same for other classes: lower, the teacher's doubts do not make organs smaller."""
+    """The same where another class is most probable: lower, organs grow sooner."""
     teacher_start: Fraction = Fraction(0)
     """Fraction of the training without the teacher, before its ramp."""
     source_heads: bool = False
@@ -235,7 +236,9 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
         if teacher is not None:
             goal = teacher(batch.get("as_drawn", batch["data"]))
             value = inside.teacher_cross_entropy(
-                goal, self.teacher_threshold, self.teacher_foreground_threshold
+                goal,
+                threshold=self.teacher_threshold,
+                foreground_threshold=self.teacher_foreground_threshold,
             )
             terms["teacher"] = self.teacher_weight * taught * value
         if self._heads is not None:

@@ -18,6 +18,10 @@ from tests.trainers.self_disambiguation.golden import (
 )
 
 
+def limits(threshold: float, foreground_threshold: float) -> dict[str, float]:
+    return {"threshold": threshold, "foreground_threshold": foreground_threshold}
+
+
 def each_voxel(z: Tensor, y: Tensor, table: Tensor) -> Tensor:
     """Return the entropy of every voxel by itself, shape (B, *spatial)."""
     values = torch.zeros_like(z[:, 0])
@@ -60,7 +64,7 @@ def test_chain_rule_t15_with_two_ambiguous_groups() -> None:
 def test_t2_complete_sources_have_none() -> None:
     z, y = golden_logits(), golden_target(COMPLETE)
     assert OpenVoxels(z, y, COMPLETE).conditional_entropy().item() == 0.0
-    assert OpenVoxels(z, y, COMPLETE).teacher_cross_entropy(z, 0.0, 0.0).item() == 0.0
+    assert OpenVoxels(z, y, COMPLETE).teacher_cross_entropy(z, **limits(0, 0)).item() == 0.0
 
 
 def test_every_class_is_possible_at_an_ignored_voxel() -> None:
@@ -81,7 +85,7 @@ def test_entropy_does_not_see_how_likely_the_group_is() -> None:
 
 
 def slow_teacher(
-    z: Tensor, t: Tensor, y: Tensor, table: Tensor, limits: tuple[float, float]
+    z: Tensor, t: Tensor, y: Tensor, table: Tensor, of_class: tuple[float, float]
 ) -> float:
     total, count = 0.0, 0
     for b, *v in np.ndindex(*y[:, 0].shape):
@@ -92,24 +96,56 @@ def slow_teacher(
         count += 1
         goal, mine = (np.exp([float(x[(b, c, *v)]) for c in classes]) for x in (t, z))
         goal, mine = goal / goal.sum(), mine / mine.sum()
-        if any(p > limits[c > 0] for c, p in zip(classes, goal, strict=True)):
+        best = int(goal.argmax())
+        if goal[best] > of_class[classes[best] > 0]:
             total -= float((goal * np.log(mine)).sum())
     return total / count
 
 
 @pytest.mark.parametrize("planar", [False, True])
 @pytest.mark.parametrize("table", [PARTIAL, MERGED])
-@pytest.mark.parametrize("limits", [(0.0, 0.0), (0.7, 0.7), (0.8, 0.4), (0.3, 0.9)])
+@pytest.mark.parametrize("of_class", [(0.0, 0.0), (0.7, 0.7), (0.8, 0.4), (0.3, 0.9)])
 def test_teacher_equals_the_slow_loop(
-    table: Tensor, limits: tuple[float, float], planar: bool
+    table: Tensor, of_class: tuple[float, float], planar: bool
 ) -> None:
     z, y = golden_logits(), golden_target(table)
     y[:, :, 0] = IGNORE
     if planar:
         z, y = z[..., 2], y[..., 2]
     teacher = z.flip(1) * 1.3
-    value = OpenVoxels(z, y, table, ignore_label=IGNORE).teacher_cross_entropy(teacher, *limits)
-    assert value.item() == pytest.approx(slow_teacher(z, teacher, y, table, limits), abs=1e-9)
+    inside = OpenVoxels(z, y, table, ignore_label=IGNORE)
+    value = inside.teacher_cross_entropy(teacher, **limits(*of_class)).item()
+    assert value == pytest.approx(slow_teacher(z, teacher, y, table, of_class), abs=1e-9)
+
+
+def taught(teacher: list[float], table: list[int], label: int, *of_class: float) -> float:
+    """Return the cross-entropy of one voxel whose student knows nothing."""
+    t = torch.tensor(teacher, dtype=torch.float64).log().view(1, -1, 1)
+    inside = OpenVoxels(0 * t, torch.full((1, 1, 1), label), torch.tensor([table]))
+    return inside.teacher_cross_entropy(t, **limits(*of_class)).item()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "of_class", "counts"),
+    [
+        ([0.6, 0.4], (0.9, 0.3), False),  # a doubt of an organ is no certainty of background
+        ([0.95, 0.05], (0.9, 0.3), True),
+        ([0.4, 0.6], (0.9, 0.3), True),
+        ([0.4, 0.6], (0.3, 0.9), False),  # and the other way round
+        ([0.6, 0.4], (0.3, 0.9), True),
+    ],
+)
+def test_a_voxel_counts_by_the_most_probable_class(
+    teacher: list[float], of_class: tuple[float, float], counts: bool
+) -> None:
+    expected = np.log(2) if counts else 0
+    assert taught(teacher, [0, 0], 0, *of_class) == pytest.approx(expected)
+
+
+def test_in_a_group_without_background_all_are_foreground() -> None:
+    merged = ([0.1, 0.6, 0.3], [0, 1, 1], 1)  # two thirds inside the group
+    assert taught(*merged, 0.9, 0.6) == pytest.approx(np.log(2))
+    assert taught(*merged, 0.6, 0.9) == 0
 
 
 def test_gradients() -> None:
@@ -117,9 +153,12 @@ def test_gradients() -> None:
     y = golden_target(MERGED)[:, :, :2, :2, :2]
     teacher = z.detach().flip(1).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: OpenVoxels(x, y, MERGED).conditional_entropy(), z)
-    learnt = OpenVoxels(z, y, MERGED).teacher_cross_entropy(teacher, 0.5, 0.5)
+    learnt = OpenVoxels(z, y, MERGED).teacher_cross_entropy(teacher, **limits(0.5, 0.5))
     assert torch.autograd.gradcheck(
-        lambda x: OpenVoxels(x, y, MERGED).teacher_cross_entropy(teacher.detach(), 0.5, 0.5), z
+        lambda x: OpenVoxels(x, y, MERGED).teacher_cross_entropy(
+            teacher.detach(), **limits(0.5, 0.5)
+        ),
+        z,
     )
     learnt.backward()
     assert teacher.grad is None
@@ -135,7 +174,9 @@ def test_t13_t14_extreme_logits_stay_finite(
     y = golden_target(table)
     y[:, :, 0] = IGNORE
     inside = OpenVoxels(z, y, table, ignore_label=IGNORE)
-    value = inside.conditional_entropy() + inside.teacher_cross_entropy(z.flip(1), 0.9, 0.9)
+    value = inside.conditional_entropy() + inside.teacher_cross_entropy(
+        z.flip(1), **limits(0.9, 0.9)
+    )
     (g,) = torch.autograd.grad(value, z)
     assert torch.isfinite(value)
     assert torch.isfinite(g).all()

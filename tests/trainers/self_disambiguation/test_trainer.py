@@ -314,7 +314,8 @@ for batch_dice in (True, False):
     loss = GroupedDiceCELoss(None, batch_dice=batch_dice, **options)(logits, y, t)
     inside = OpenVoxels(logits, y, t, **options)
     loss = loss + inside.conditional_entropy()
-    loss = loss + inside.teacher_cross_entropy(logits.flip(1), 0.3, 0.3)
+    loss = loss + inside.teacher_cross_entropy(
+        logits.flip(1), threshold=0.3, foreground_threshold=0.3)
     loss = loss + own_label_loss(own, model.heads.groups, y, sources, ddp=ddp)
     loss = loss + consistency_loss(asked, logits, tables, y, t, others, **options)
     model.zero_grad()
