@@ -10,6 +10,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import Tensor, nn
 
+from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.trainers.base import GRADIENT_NORM_LIMIT, Logits
 from nnmosaic.trainers.dataloading import Batches, make_loaders
 from nnmosaic.trainers.ema_teacher import TeacherTrainer, forgetting_momentum
@@ -37,6 +38,11 @@ from nnmosaic.trainers.self_disambiguation.source_heads import (
     own_label_loss,
 )
 
+OF_THE_TEACHER = (
+    "teacher_weight", "teacher_decay", "teacher_threshold", "teacher_foreground_threshold",
+    "teacher_start",
+)  # fmt: skip
+"""Options that say something about it only."""
 CONTRAST = 3
 """Counter of the generator of random contrast, apart from those of context reconstruction."""
 
@@ -92,9 +98,25 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
         self._heads: Any = None
         self._features: Tensor | None = None
         super().initialize()
+        self._refuse_options_without_effect()
         if self._heads is not None and self.is_ddp:
             self._heads = nn.parallel.DistributedDataParallel(
                 self._heads, device_ids=None if self.device.index is None else [self.device.index]
+            )
+
+    def _refuse_options_without_effect(self) -> None:
+        changed = [n for n in OF_THE_TEACHER if getattr(self, n) != getattr(type(self), n)]
+        if changed and not self.ema_teacher:
+            raise InputError(
+                f"--set {changed[0]}={getattr(self, changed[0]):g} changes nothing without a "
+                "teacher. Add ema_teacher=true, or leave it out."
+            )
+        start, ramp = self.teacher_start, self.ramp
+        if self.ema_teacher and (start + ramp > 1 or start == 1):
+            raise InputError(
+                f"--set teacher_start={start:g} and ramp={ramp:g}: the teacher would not count in "
+                "full before the training ends. Let them add up to at most 1, with teacher_start "
+                "below 1."
             )
 
     @cached_property
@@ -221,20 +243,23 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
         full = logits[0] if isinstance(logits, list | tuple) else logits
         target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
         labels = (target, self._representatives(batch))
-        common: dict[str, Any] = {"ignore_label": self.label_manager.ignore_label}
-        ddp, ramp = self.is_ddp, self._ramp()
-        taught = self._ramp(self.teacher_start)
-        teacher = self.teacher if self._learns_from_teacher and taught > 0 else None
-        if self.entropy == "conditional" or teacher is not None:
-            inside = OpenVoxels(full, *labels, ddp=ddp, **common)
+        common: dict[str, Any] = {
+            "ignore_label": self.label_manager.ignore_label,
+            "ddp": self.is_ddp,
+        }
+        ramp, taught = self._ramp(), self._ramp(self.teacher_start)
+        goal = None
+        if self.teacher is not None and self._learns_from_teacher and taught > 0:
+            # Before the student's softmax, which would stay in memory meanwhile.
+            goal = self.teacher(batch.get("as_drawn", batch["data"]))
+        if self.entropy == "conditional" or goal is not None:
+            inside = OpenVoxels(full, *labels, **common)
         if self.entropy == "conditional":
             terms["conditional_entropy"] = self.entropy_weight * ramp * inside.conditional_entropy()
         elif self.entropy == "full":
-            terms["full_entropy"] = (
-                self.entropy_weight * ramp * full_entropy(full, target, **common)
-            )
-        if teacher is not None:
-            goal = teacher(batch.get("as_drawn", batch["data"]))
+            value = full_entropy(full, target, ignore_label=common["ignore_label"])
+            terms["full_entropy"] = self.entropy_weight * ramp * value
+        if goal is not None:
             value = inside.teacher_cross_entropy(
                 goal,
                 threshold=self.teacher_threshold,
@@ -242,7 +267,7 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
             )
             terms["teacher"] = self.teacher_weight * taught * value
         if self._heads is not None:
-            terms |= self._head_losses(batch, full, *labels, {"ddp": ddp, **common})
+            terms |= self._head_losses(batch, full, *labels, common)
         return terms
 
     def _head_losses(
@@ -278,7 +303,7 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
         }
 
     def _ramp(self, start: float = 0.0) -> float:
-        done = max((self.current_epoch + 1) / self.num_epochs, self._spent_budget()) - start
+        done = self.progress() - start
         if done <= 0:
             return 0.0
         return min(1.0, done / self.ramp) if self.ramp else 1.0
