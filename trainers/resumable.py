@@ -17,6 +17,7 @@ from torch._dynamo import OptimizedModule
 
 from nnmosaic.data_conversion.atomic_write import replacing
 from nnmosaic.data_conversion.dataset_json import DatasetJson, parse_dataset_json
+from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.planners.plans_section import RunSettings, read_section
 from nnmosaic.trainers.checkpoint import EXTRA, read_checkpoint
 from nnmosaic.trainers.heap import keep_freed_memory
@@ -183,9 +184,17 @@ class ResumableTrainer(nnUNetTrainer):
 
         Raises
         ------
+        InputError
+            If there is a time budget, perhaps a checkpoint's, and several processes.
         TrainingStoppedError
             On SIGTERM, after a checkpoint was written.
         """
+        budget = self.run_settings.time_budget
+        if self.is_ddp and budget is not None:
+            raise InputError(
+                f"--time_budget {budget:g} is kept on one GPU only, since processes would stop at "
+                "different steps. Continue without --num_gpus."
+            )
         self.on_train_start()
         self._started = self._last_checkpoint = time.monotonic()
         self._first_epoch = self.current_epoch

@@ -243,6 +243,20 @@ def test_the_time_budget_ends_training_and_schedule(
     assert lrs == pytest.approx([1e-2, 1e-2 * (2 / 3) ** 0.9, 1e-2 * (1 / 3) ** 0.9])
 
 
+def test_a_stored_time_budget_is_refused_with_several_processes(make_trainer: Make) -> None:
+    """Their clocks differ, and so would their numbers of steps."""
+    first = make_trainer(nnUNetTrainerMosaic, time_budget=1.0)
+    first.initialize()
+    path = f"{first.output_folder}/checkpoint_latest.pth"
+    first.save_checkpoint(path)
+    trainer = make_trainer(nnUNetTrainerMosaic)
+    trainer.load_checkpoint(path)
+    trainer.is_ddp = True
+    with pytest.raises(InputError, match=r"--time_budget 1 .* Continue without --num_gpus"):
+        trainer.run_training()
+    assert trainer.dataloader_train is None
+
+
 def test_an_epoch_without_any_foreground_counts_as_dice_zero(make_trainer: Make) -> None:
     trainer = make_trainer(nnUNetTrainerMosaic)
     nothing = {name: np.zeros(2) for name in ("tp_hard", "fp_hard", "fn_hard")}
