@@ -8,20 +8,29 @@ from nnmosaic.data_conversion.atomic_write import read_json, write_json
 
 HIPPOCAMPUS = {"background": 0, "anterior": 1, "posterior": 2}
 CHAOS = {"background": 0, "liver": 1, "kidney_right": 2, "kidney_left": 3, "spleen": 4}
+IN_PHASE, BOTH_PHASES = {"": "_0000"}, {"": "_0000", "o": "_0001"}
+"""Channels of CHAOS: what a case's name ends in -> what the image has after the name."""
 
 
 def write_hippocampus(data: Path, training: Path, testing: Path) -> None:
     """Write imagesTr, ... to one folder and imagesTs, ... to another: every fourth subject."""
     source = data / "msd_task04_hippocampus"
-    _write(source, training, testing, HIPPOCAMPUS, kept_aside(source, every=4), channel="")
+    _write(source, training, testing, HIPPOCAMPUS, kept_aside(source, every=4), {"": ""})
 
 
 def write_chaos(
-    source: Path, training: Path, testing: Path, held_out: set[str] | None = None
+    source: Path,
+    training: Path,
+    testing: Path,
+    held_out: set[str] | None = None,
+    channels: Mapping[str, str] = IN_PHASE,
 ) -> None:
-    """Write a sequence of CHAOS; every second patient, or ``held_out``, is for testing."""
+    """Write a sequence of CHAOS; every second patient, or ``held_out``, is for testing.
+
+    Each of the ``channels`` is a training case of its own; test cases have the first one only.
+    """
     aside = kept_aside(source, every=2) if held_out is None else held_out
-    _write(source, training, testing, CHAOS, aside, channel="_0000")
+    _write(source, training, testing, CHAOS, aside, channels)
 
 
 def subjects_of(source: Path) -> dict[str, str]:
@@ -41,19 +50,22 @@ def _write(
     testing: Path,
     labels: Mapping[str, int],
     held_out: set[str],
-    *,
-    channel: str,
+    channels: Mapping[str, str],
 ) -> None:
-    """Write both folders; ``channel`` is what the images of the source have after their name."""
+    """Write both folders; ``channels`` as in `write_chaos`."""
     subject_of = subjects_of(source)
-    for folder, suffix, aside in ((training, "Tr", False), (testing, "Ts", True)):
-        cases = [case for case, subject in subject_of.items() if (subject in held_out) == aside]
-        for case in cases:
-            image = source / "imagesTr" / f"{case}{channel}.nii.gz"
-            link(image, folder / f"images{suffix}" / f"{case}_0000.nii.gz")
-            link(source / "labelsTr" / f"{case}.nii.gz",
-                 folder / f"labels{suffix}" / f"{case}.nii.gz")  # fmt: skip
-        subjects = {case: subject_of[case] for case in cases}
+    first = dict(list(channels.items())[:1])
+    for folder, suffix, aside, shown in (
+        (training, "Tr", False, channels), (testing, "Ts", True, first),
+    ):  # fmt: skip
+        subjects = {}
+        for case, subject in subject_of.items():
+            for end, channel in shown.items() if (subject in held_out) == aside else ():
+                image = source / "imagesTr" / f"{case}{channel}.nii.gz"
+                link(image, folder / f"images{suffix}" / f"{case}{end}_0000.nii.gz")
+                link(source / "labelsTr" / f"{case}.nii.gz",
+                     folder / f"labels{suffix}" / f"{case}{end}.nii.gz")  # fmt: skip
+                subjects[case + end] = subject
         if (folder / "dataset.json").is_file():  # of another sequence
             subjects |= read_json(folder / "dataset.json")["subjects"]
         content = {

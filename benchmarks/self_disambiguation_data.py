@@ -6,7 +6,9 @@ from pathlib import Path
 
 from benchmarks.grid import command, preprocess_with_one_plan
 from benchmarks.raw_data import (
+    BOTH_PHASES,
     HIPPOCAMPUS,
+    IN_PHASE,
     kept_aside,
     subjects_of,
     write_chaos,
@@ -19,16 +21,16 @@ NUMBERS = {
     "Half": "616", "Whole": "617", "EveryFifth": "618", "Disjoint": "601", "TenPercent": "602",
     "Merged": "603", "Sparse": "604", "ZerosIgnored": "605", "SparseZeros": "606",
     "T1": "631", "T2": "632", "T1Part": "633", "T2Part": "634", "Sequences": "635",
-    "Organs": "636",
+    "Organs": "636", "T1Phases": "641", "T2Phases": "642", "T1PartPhases": "643",
+    "T2PartPhases": "644", "SequencesPhases": "645", "OrgansPhases": "646",
 }  # fmt: skip
-
-
 CORPORA = {
     "hippocampus": (
         "Full", "Anterior", "Posterior", "Disjoint", "TenPercent", "Merged", "Sparse",
         "ZerosIgnored", "SparseZeros",
     ),
     "chaos_sequences": ("Sequences", "Organs"),
+    "chaos_phases": ("SequencesPhases", "OrgansPhases"),
 }  # fmt: skip
 """Datasets that are trained on; the first is complete, and its plan is that of all."""
 
@@ -67,14 +69,27 @@ def prepare_hippocampus(data: Path, work: Path) -> None:
 
 def prepare_chaos(data: Path, work: Path) -> None:
     """Make the raw datasets of two sequences; every second patient is for testing, in both."""
-    raw, t2 = work / "nnUNet_raw", data / "chaos_mr_t2spir"
+    _prepare_chaos(data, work, "chaos_sequences", "", IN_PHASE)
+
+
+def prepare_chaos_phases(data: Path, work: Path) -> None:
+    """Make the same with both phases of T1 in training; test images stay as they are."""
+    _prepare_chaos(data, work, "chaos_phases", "Phases", BOTH_PHASES)
+
+
+def _prepare_chaos(
+    data: Path, work: Path, corpus: str, end: str, t1_channels: Mapping[str, str]
+) -> None:
+    """Write the datasets of a corpus, whose names have an ``end``."""
+    raw, test = work / "nnUNet_raw", work / f"{corpus}_test"
+    t1, t2 = data / "chaos_mr_t1dual", data / "chaos_mr_t2spir"
     held_out = kept_aside(t2, every=2)
-    for name, source in (("T1", data / "chaos_mr_t1dual"), ("T2", t2)):
-        write_chaos(source, raw / dataset_folder(name), work / "chaos_sequences_test", held_out)
-    _hide("T1", "T1Part", "--keep", "liver", "spleen")
-    _hide("T2", "T2Part", "--keep", "kidney_right", "kidney_left")
-    _merge("Sequences", "T1", "T2")
-    _merge("Organs", "T1Part", "T2Part")
+    write_chaos(t1, raw / dataset_folder(f"T1{end}"), test, held_out, t1_channels)
+    write_chaos(t2, raw / dataset_folder(f"T2{end}"), test, held_out)
+    _hide(f"T1{end}", f"T1Part{end}", "--keep", "liver", "spleen")
+    _hide(f"T2{end}", f"T2Part{end}", "--keep", "kidney_right", "kidney_left")
+    _merge(f"Sequences{end}", f"T1{end}", f"T2{end}")
+    _merge(f"Organs{end}", f"T1Part{end}", f"T2Part{end}")
 
 
 def _hide(original: str, name: str, *flags: str) -> None:
@@ -121,4 +136,7 @@ def prepare(data: Path, work: Path, corpora: Mapping[str, str]) -> None:
             done.touch()
 
 
-PREPARE = {"hippocampus": prepare_hippocampus, "chaos_sequences": prepare_chaos}
+PREPARE = {
+    "hippocampus": prepare_hippocampus, "chaos_sequences": prepare_chaos,
+    "chaos_phases": prepare_chaos_phases,
+}  # fmt: skip
