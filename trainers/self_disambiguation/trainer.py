@@ -112,7 +112,7 @@ class nnUNetTrainerSelfDisambiguation(TeacherTrainer):
                 "teacher. Add ema_teacher=true, or leave it out."
             )
         start, ramp = self.teacher_start, self.ramp
-        if self.ema_teacher and (start + ramp > 1 or start == 1):
+        if self.ema_teacher and (start + ramp > 1 or start >= 1):
             raise InputError(
                 f"--set teacher_start={start:g} and ramp={ramp:g}: the teacher would not count in "
                 "full before the training ends. Let them add up to at most 1, with teacher_start "
