@@ -85,10 +85,9 @@ def link(source: Path, target: Path) -> None:
 
 
 def preprocess_with_one_plan(
-    preprocessed: Path, folders: Sequence[str], configuration: str
+    preprocessed: Path, folders: Sequence[str], configuration: str, plans: Any = None
 ) -> None:
-    """Preprocess datasets, all with the CPU plan of the first one."""
-    plans: Any = None
+    """Preprocess datasets, all with these plans; without any with the CPU plan of the first."""
     for name in folders:
         flags = ["-d", name, "-c", configuration]
         if plans is None:

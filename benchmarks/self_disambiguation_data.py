@@ -33,6 +33,8 @@ CORPORA = {
     "chaos_phases": ("SequencesPhases", "OrgansPhases"),
 }  # fmt: skip
 """Datasets that are trained on; the first is complete, and its plan is that of all."""
+PLANNED_AS = {"chaos_phases": "chaos_sequences"}
+"""Corpus -> another one that it shares the plan of, so that their settings can be compared."""
 
 
 def dataset_folder(name: str) -> str:
@@ -128,12 +130,18 @@ def _relabel(
 def prepare(data: Path, work: Path, corpora: Mapping[str, str]) -> None:
     """Make raw and preprocessed data, unless they are there: corpus -> configuration."""
     for corpus, configuration in corpora.items():
-        done = work / f"{corpus}_prepared"
-        if not done.is_file():
-            PREPARE[corpus](data, work)
-            folders = [dataset_folder(name) for name in CORPORA[corpus]]
-            preprocess_with_one_plan(work / "nnUNet_preprocessed", folders, configuration)
-            done.touch()
+        done, preprocessed = work / f"{corpus}_prepared", work / "nnUNet_preprocessed"
+        if done.is_file():
+            continue
+        plans = None
+        if corpus in PLANNED_AS:
+            other = PLANNED_AS[corpus]
+            prepare(data, work, {other: configuration})
+            plans = read_json(preprocessed / dataset_folder(CORPORA[other][0]) / "nnUNetPlans.json")
+        PREPARE[corpus](data, work)
+        folders = [dataset_folder(name) for name in CORPORA[corpus]]
+        preprocess_with_one_plan(preprocessed, folders, configuration, plans)
+        done.touch()
 
 
 PREPARE = {

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from benchmarks import self_disambiguation_data
+from benchmarks import grid, self_disambiguation_data
+from benchmarks.grid import preprocess_with_one_plan
 from benchmarks.raw_data import BOTH_PHASES, CHAOS, write_chaos
 from benchmarks.self_disambiguation import SETTINGS
-from benchmarks.self_disambiguation_data import CORPORA, dataset_folder
-from nnmosaic.data_conversion.atomic_write import read_json
+from benchmarks.self_disambiguation_data import CORPORA, dataset_folder, prepare
+from nnmosaic.data_conversion.atomic_write import read_json, write_json
 from nnmosaic.data_conversion.dataset_json import read_dataset_json
 from nnmosaic.pipeline.cli import main
 
@@ -49,6 +50,10 @@ def data(tmp_path: Path, save: Callable[..., None]) -> Path:
                 save(source / "imagesTr" / f"{case}_000{channel}.nii.gz", image)
         (source / "cases.csv").write_text("\n".join(lines), encoding="utf-8")
     return tmp_path / "data"
+
+
+def run_here(*arguments: str) -> None:
+    assert main(list(arguments)) == 0
 
 
 def values(folder: Path) -> dict[str, int]:
@@ -89,10 +94,7 @@ def test_the_datasets_of_a_corpus(
     corpus: str, further: tuple[str, ...], data: Path, workspace: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    def command(*arguments: str) -> None:
-        assert main(list(arguments)) == 0
-
-    monkeypatch.setattr(self_disambiguation_data, "command", command)
+    monkeypatch.setattr(self_disambiguation_data, "command", run_here)
     self_disambiguation_data.PREPARE[corpus](data, workspace)
     complete, partial = (workspace / "nnUNet_raw" / dataset_folder(n) for n in CORPORA[corpus])
     shown = {"T1": {"liver", "spleen"}, "T2": {"kidney_right", "kidney_left"}}
@@ -121,6 +123,37 @@ def test_the_datasets_of_a_corpus(
         "chaosT1_002_0000.nii.gz": value_of("T1", "002", 0),
         "chaosT2_002_0000.nii.gz": value_of("T2", "002", 0),
     }
+
+
+def test_both_phases_have_the_plan_of_one(
+    data: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def preprocess(preprocessed: Path, folders: list[str], _: str, plans: Any = None) -> None:
+        made.append((folders, plans))
+        (preprocessed / folders[0]).mkdir(parents=True)
+        write_json({"planned": folders[0]}, preprocessed / folders[0] / "nnUNetPlans.json")
+
+    made: list[tuple[list[str], Any]] = []
+    monkeypatch.setattr(self_disambiguation_data, "command", run_here)
+    monkeypatch.setattr(self_disambiguation_data, "preprocess_with_one_plan", preprocess)
+    for corpora in (["chaos_phases"], ["chaos_sequences", "chaos_phases"]):
+        prepare(data, workspace, dict.fromkeys(corpora, "3d_lowres"))
+    of_one, of_both = (
+        [dataset_folder(n) for n in CORPORA[c]] for c in ("chaos_sequences", "chaos_phases")
+    )
+    assert made == [(of_one, None), (of_both, {"planned": of_one[0]})]
+
+
+def test_a_given_plan_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(grid, "command", lambda *words: commands.append(words))
+    folders = ["Dataset001_A", "Dataset002_B"]
+    plans = {"dataset_name": "Dataset003_C", "patch": 8}
+    preprocess_with_one_plan(tmp_path, folders, "2d", plans)
+    for name, words in zip(folders, commands, strict=True):
+        assert words == ("plan_and_preprocess", "-d", name, "-c", "2d", "--keep_plans")
+        of_it = read_json(tmp_path / name / "nnUNetPlans.json")
+        assert of_it == {"dataset_name": name, "patch": 8}
 
 
 def test_a_setting_trains_on_datasets_of_its_corpus() -> None:
