@@ -141,7 +141,7 @@ class InteractiveVolume:
         """Slice -> what was marked on it."""
         self._sweeps = [self._automatic(1), self._automatic(-1)]
         self._undo: deque[_Undo] = deque(maxlen=undo_levels)
-        self._shares: OrderedDict[tuple[int, int, bytes], Tensor] = OrderedDict()
+        self._shares: OrderedDict[tuple[int, int, float, bytes], Tensor] = OrderedDict()
 
     # ---------------------------------------------------------------- what is found
 
@@ -177,27 +177,30 @@ class InteractiveVolume:
         on, off = torch.zeros(2, *logits.shape)
         if index in self.marks:
             on, off = self.marks[index].on.float(), self.marks[index].off.float()
+        reach = self.features.network.head.reach.cpu()
         for anchor in {anchor for anchor in self._anchors_around(index) if anchor is not None}:
             marks = self.marks[anchor]
-            kinds = [(on, marks.on), (off, marks.off)] if regions else [(on, marks.on)]
-            for share, sure in kinds:
+            kinds = [(on, marks.on, reach)]
+            if regions:  # what is not of a region may be of any other one
+                kinds.append((off, marks.off, reach.min().expand_as(reach)))
+            for share, sure, far in kinds:
                 for k in (sure & marks.clicked).flatten(1).any(1).nonzero().flatten().tolist():
-                    near = self._share(sure[k] & marks.clicked, anchor, index)
+                    near = self._share(sure[k] & marks.clicked, anchor, index, float(far[k]))
                     share[k] = torch.maximum(share[k], near)
         return told(logits, on, off, regions=regions) if on.any() or off.any() else logits
 
-    def _share(self, clicked: Tensor, anchor: int, index: int) -> Tensor:
+    def _share(self, clicked: Tensor, anchor: int, index: int, reach: float) -> Tensor:
         """Return to which part pixels of a slice share what some on an anchor were said to be.
 
         What was worked out is kept: other marks do not change it.
         """
         across = ACROSS * abs(index - anchor) * self.pixels_per_slice
-        if across > FARTHEST:
+        if across > FARTHEST * reach:
             return torch.zeros(clicked.shape)
-        key = anchor, index, clicked.nonzero().numpy().tobytes()
+        key = anchor, index, reach, clicked.nonzero().numpy().tobytes()
         if key not in self._shares:
             there, here = self.features.intensities(anchor), self.features.intensities(index)
-            share = share_of_clicks(clicked, there, here, across=across).half()
+            share = share_of_clicks(clicked, there, here, across=across, reach=reach).half()
             self._shares[key] = share
             if len(self._shares) * share.numel() * share.element_size() > SHARES_BYTES:
                 self._shares.popitem(last=False)

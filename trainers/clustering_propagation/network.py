@@ -28,6 +28,7 @@ from nnmosaic.trainers.clustering_propagation.features import (
 )
 from nnmosaic.trainers.clustering_propagation.hint import SliceHint
 from nnmosaic.trainers.clustering_propagation.memory import MEMORIES, State
+from nnmosaic.trainers.clustering_propagation.nearby import ALIKE
 from nnmosaic.trainers.clustering_propagation.readout import CentreLayout
 from nnmosaic.trainers.decoder_stages import decoder_stages
 
@@ -113,6 +114,7 @@ class _ClusteringHead(nn.Module):
         nn.init.eye_(self.from_user.weight)
         self.from_user.weight.data *= PROMPT_STRENGTH
         self.user = nn.Parameter(torch.zeros(width))
+        self.register_buffer("reach", torch.full((layout.classes,), ALIKE))
 
 
 class ClusteringPropagationNet(nn.Module):

@@ -26,6 +26,7 @@ from nnmosaic.trainers.clustering_propagation.optimisation import (
     parameter_groups,
 )
 from nnmosaic.trainers.clustering_propagation.predictor import PropagationPredictor
+from nnmosaic.trainers.clustering_propagation.reach import clicked_slices, reaches
 from nnmosaic.trainers.clustering_propagation.simulated_user import SimulatedUser
 from nnmosaic.trainers.clustering_propagation.truth import Truth, pixel_counts
 from nnmosaic.trainers.clustering_propagation.validation import (
@@ -211,6 +212,18 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
         axis = self.plans_manager.transpose_forward[0]
         loader = partial(ClipLoader, slices=self.slices, axis=axis)
         return make_loaders(self, loader, loader)
+
+    def on_train_start(self) -> None:
+        """Measure how far clicks will reach (see `reach`)."""
+        super().on_train_start()
+        manager = self.label_manager
+        keys = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+        classes = {key: i for i, key in enumerate(keys, 0 if manager.has_regions else 1)}
+        training, _ = self.get_tr_and_val_datasets()
+        reach = plain_network(self.network).head.reach
+        slices = clicked_slices(training, classes, manager.ignore_label)
+        reach.copy_(reaches(slices, len(reach)))
+        self.print_to_log_file("Reach of clicks:", reach.cpu().numpy().round(2).tolist())
 
     # ---------------------------------------------------------------- one step
 

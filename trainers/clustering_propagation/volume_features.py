@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from nnmosaic.trainers.clustering_propagation.features import SliceFeatures
+from nnmosaic.trainers.clustering_propagation.nearby import smooth
 from nnmosaic.trainers.clustering_propagation.network import ClusteringPropagationNet
 
 BLOCK = 8
@@ -24,9 +24,6 @@ of a slice are the same whichever slice was asked for."""
 MOST_BYTES = 2**28
 """Of features that are kept; a longer volume works them out again for the second sweep. So memory
 does not grow with the volume."""
-
-SMOOTHING = 1.0
-"""Standard deviation, in pixels, of the filter that takes noise out of intensities."""
 
 
 def mirrored_copies(axes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -92,8 +89,7 @@ class VolumeFeatures:
 
     def intensities(self, index: int) -> Tensor:
         """Return a slice of the image, (channels, H, W), slightly smoothed, without padding."""
-        image = self.image[:, index][self._inside].float().cpu().numpy()
-        return torch.from_numpy(gaussian_filter(image, (0, SMOOTHING, SMOOTHING)))
+        return smooth(self.image[:, index][self._inside].cpu().numpy())
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return nnU-Net's autocast: on CUDA only."""

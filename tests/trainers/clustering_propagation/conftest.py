@@ -47,6 +47,7 @@ def make_network() -> Callable[..., ClusteringPropagationNet]:
             if not parameter.detach().any():
                 nn.init.normal_(parameter, std=0.3)
         nn.init.constant_(network.head.presence[-1].bias, 2.0)  # what is found is remembered
+        network.head.reach.fill_(4.0)
         return network.eval()
 
     return make

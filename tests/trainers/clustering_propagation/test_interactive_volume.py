@@ -1,6 +1,7 @@
 """Corrections of a volume (spec 3; invariants 1, 2, 7, 10, 11 and 16)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,6 +110,24 @@ def test_a_click_speaks_for_pixels_around_it_and_a_drawing_does_not(
     assert gained[6, 4, 5] == 0  # it is sure in both
     assert (gained[[5, 7]] > 0.01).any()  # 16 pixels away, of which a quarter counts
     assert (gained[[0, 1, 2, 10, 11, 12]].abs() < 2e-3).all()  # 64 pixels and more
+
+
+def test_each_class_has_its_reach_and_what_is_not_there_the_least(
+    network: ClusteringPropagationNet, image: Tensor
+) -> None:
+    marks = click(network, 4, 5)
+    kinds = {"on": marks}
+    if network.layout.regions:
+        nothing = torch.zeros_like(marks.on)
+        kinds["off"] = Marks(torch.zeros_like(marks.weights), nothing, marks.on, marks.clicked)
+    for kind, marks in kinds.items():
+        drawn = volume(network, image)
+        drawn.add({6: replace(marks, clicked=torch.zeros_like(marks.clicked))})
+        for reach, counts in (([0.01, 0.01, 4.0], kind == "on"), ([4.0, 4.0, 0.01], False)):
+            network.head.reach.copy_(torch.tensor(reach))
+            clicked = volume(network, image)
+            clicked.add({6: marks})
+            assert (clicked.logits() != drawn.logits()).any() == counts
 
 
 def test_marks_change_nothing_beyond_their_neighbours(

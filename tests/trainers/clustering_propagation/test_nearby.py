@@ -13,11 +13,12 @@ from nnmosaic.trainers.clustering_propagation.nearby import (
     FARTHEST,
     HONOURED,
     LOOKS,
-    REACH,
     UNLIKE,
     share_of_clicks,
     told,
 )
+
+REACH = 4.0
 
 
 def clicked_at(*places: tuple[int, int], shape: tuple[int, int] = (24, 19)) -> Tensor:
@@ -46,8 +47,8 @@ def lengths_of_ways(costs: list[list[float]], starts: list[tuple[int, int]]) -> 
 
 
 @pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("across", [0.0, 2.5, 11.0])
-def test_a_click_counts_by_the_shortest_way(across: float, channels: int) -> None:
+@pytest.mark.parametrize(("across", "reach"), [(0.0, 4.0), (2.5, 4.0), (11.0, 4.0), (0.2, 0.5)])
+def test_a_click_counts_by_the_shortest_way(across: float, reach: float, channels: int) -> None:
     places = [(2, 3), (3, 3), (20, 11)]
     clicked = clicked_at(*places)
     there, here = torch.randn(2, channels, 24, 19, generator=torch.Generator().manual_seed(0))
@@ -61,10 +62,10 @@ def test_a_click_counts_by_the_shortest_way(across: float, channels: int) -> Non
         for r in range(24)
     ]  # fmt: skip
     lengths = lengths_of_ways(costs, places)
-    found = share_of_clicks(clicked, there, here, across=across)
+    found = share_of_clicks(clicked, there, here, across=across, reach=reach)
     for row, column in product(range(24), range(19)):
         far = math.hypot(lengths[row][column], across)
-        expected = math.exp(-(far**2) / (2 * REACH**2)) if far <= FARTHEST else 0
+        expected = math.exp(-(far**2) / (2 * reach**2)) if far <= FARTHEST * reach else 0
         assert found[row, column] == pytest.approx(expected, abs=1e-5)
 
 
@@ -73,7 +74,7 @@ def test_a_click_fills_an_organ_and_ends_at_its_edge() -> None:
     organ = (rows - 30) ** 2 + (columns - 30) ** 2 <= 15**2
     image = torch.where(organ, 2.0, 0.0)[None]
     clicked = clicked_at((30, 22), shape=(60, 60))
-    found = share_of_clicks(clicked, image, image, across=0)
+    found = share_of_clicks(clicked, image, image, across=0, reach=REACH)
     assert found[30, 22] == pytest.approx(1)
     assert found.max() <= 1
     assert found[30, 44] > 0.8  # the far end of the organ
@@ -85,7 +86,7 @@ def test_many_clicked_pixels_are_looked_at_in_part() -> None:
     clicked = clicked_at(*((5, column) for column in range(19)))
     assert clicked.sum() > LOOKS
     image = torch.arange(19.0).expand(1, 24, 19)
-    found = share_of_clicks(clicked, image, image, across=0)
+    found = share_of_clicks(clicked, image, image, across=0, reach=REACH)
     assert (found[5] == 1).all()
     # The first and the last are looked at.
     assert found[8, 0] == found[8, 18] == pytest.approx(math.exp(-((3 * ALIKE / REACH) ** 2) / 2))

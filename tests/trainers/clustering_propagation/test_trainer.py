@@ -353,6 +353,10 @@ def test_a_training_ends_resumes_and_predicts_as_nnunet_does(
     trainer.run_training()
     log = capsys.readouterr().out
     assert log.count("Pseudo dice, one click per class") == 2
+    assert log.count("Reach of clicks") == 1
+    reach = trainer.network.head.reach
+    assert reach[0] == reach[1:].min()
+    assert (reach > 0.3).all()  # balls, of one intensity each
     final = Path(trainer.output_folder) / "checkpoint_final.pth"
     trainer.perform_actual_validation()
     summary = json.loads((final.parent / "validation" / "summary.json").read_text())
@@ -362,6 +366,7 @@ def test_a_training_ends_resumes_and_predicts_as_nnunet_does(
     again.load_checkpoint(str(final))
     assert again.current_epoch == 2
     assert len(again.optimizer.state) == len(trainer.optimizer.state)
+    assert torch.equal(again.network.head.reach, reach)
 
     predictor = load_predictor(
         final.parents[1], folds=[0], checkpoint=final.name, device=torch.device("cpu"),
