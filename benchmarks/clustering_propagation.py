@@ -332,7 +332,9 @@ def report(work: Path) -> str:
         "# Clustering propagation against plain nnU-Net\n\n"
         "Made by `python -m benchmarks.clustering_propagation`. Unseen subjects, CPU plans, no "
         "mirroring; sweeps of a row are predictions with the same weights. Intervals: bootstrap "
-        f"over test subjects.\n\n{text}\n\nRuns: {' / '.join(sources)}\n"
+        "over test subjects. How far clicks count was designed on test cases of CHAOS T2 and the "
+        "hippocampus; on CHAOS T1 nothing was chosen."
+        f"\n\n{text}\n\nRuns: {' / '.join(sources)}\n"
     )
 
 

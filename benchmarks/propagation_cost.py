@@ -28,6 +28,7 @@ def _network(features: int) -> Any:
     from torch import nn
 
     from nnmosaic.trainers.clustering_propagation.network import ClusteringPropagationNet
+    from nnmosaic.trainers.clustering_propagation.reach import LENGTHS
 
     torch.manual_seed(0)
     widths = [min(512, features * 2**stage) for stage in range(7)]
@@ -42,6 +43,7 @@ def _network(features: int) -> Any:
         if not parameter.detach().any():
             nn.init.normal_(parameter, std=0.3)
     nn.init.constant_(network.head.presence[-1].bias, 2.0)
+    network.head.reach.fill_(LENGTHS[-1])  # the worst case
     return network
 
 
