@@ -223,7 +223,7 @@ class nnUNetTrainerClusteringPropagation(nnUNetTrainerMosaic):
         reach = plain_network(self.network).head.reach
         slices = clicked_slices(training, classes, manager.ignore_label)
         reach.copy_(reaches(slices, len(reach)))
-        self.print_to_log_file("Reach of clicks:", reach.cpu().numpy().round(2).tolist())
+        self.print_to_log_file("Reach of clicks:", [round(length, 2) for length in reach.tolist()])
 
     # ---------------------------------------------------------------- one step
 
