@@ -13,6 +13,10 @@ STAPLE_ITERATIONS = 100
 def majority(labels: np.ndarray, classes: int, *, tie: Tie = "background") -> np.ndarray:
     """Return, for every voxel, the label that most raters gave.
 
+    The soft mean of the masks, of which 7.7 speaks, too, is the share of these votes: where it is
+    highest among the classes, and of one structure where it is above half (from half on, if ties
+    are foreground), is the majority. As shares themselves it cannot be a label map.
+
     Parameters
     ----------
     labels : ndarray, int, shape (raters, *spatial)

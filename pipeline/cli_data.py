@@ -93,7 +93,8 @@ def add_add_raters(commands: Any) -> None:
         "--fusion",
         choices=("majority", "staple"),
         default="majority",
-        help="the reference that nnU-Net reads (default: %(default)s)",
+        help="the reference that nnU-Net reads; majority is also what the soft mean of the masks "
+        "gives, the most probable class (default: %(default)s)",
     )
     parser.add_argument(
         "--tie",

@@ -28,6 +28,20 @@ def test_majority_equals_the_slow_loop(raters: int, tie: str) -> None:
     assert np.array_equal(labels, before)
 
 
+@pytest.mark.parametrize("raters", [1, 2, 3, 4, 5])
+def test_the_mean_of_the_masks_says_the_same_as_majority(raters: int) -> None:
+    labels = np.random.default_rng(raters).integers(0, 4, (raters, 9, 11))
+    mean = np.mean([labels == value for value in range(4)], axis=1)
+    best = np.isclose(mean, mean.max(0))
+    background = np.where(best.sum(0) > 1, 0, mean.argmax(0))
+    assert np.array_equal(majority(labels, 4), background)
+    whole = labels > 0
+    half = (whole.mean(0) > 0.5).astype(int)
+    assert np.array_equal(majority(whole.astype(int), 2), half)
+    at_half = (whole.mean(0) >= 0.5).astype(int)
+    assert np.array_equal(majority(whole.astype(int), 2, tie="foreground"), at_half)
+
+
 def test_staple_trusts_raters_who_agree() -> None:
     truth = np.zeros((3, 20, 20), int)
     truth[:, 5:15, 5:15] = 1
