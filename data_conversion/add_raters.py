@@ -42,7 +42,8 @@ class RaterDataset:
     classes : sequence of str
         Names of the labels 1, 2, ...
     fusion : {"majority", "staple"}
-        How the reference in ``labelsTr`` is made.
+        How the reference in ``labelsTr`` is made. The soft mean of the masks has no word of its
+        own: where it is highest is the majority.
     tie : {"background", "foreground", "first_rater"}
         See `majority`.
     identity : {"persistent", "exchangeable"}
@@ -88,10 +89,12 @@ def add_raters(
     Raises
     ------
     InputError
-        If a file is broken or does not fit its image, nobody annotated a case, or a label map has
-        no image; with the order "area" if raters are called persistent, the first one decides ties,
-        or one has not annotated a case. Nothing is written then.
+        If a file is broken or does not fit its image, nobody annotated a case, a rater annotated
+        none, or a label map has no image; if the names of raters cannot be told apart on every
+        system, see `refuse_unclear_raters`; with the order "area" if raters are called persistent,
+        the first one decides ties, or one has not annotated a case. Nothing is written then.
     """
+    refuse_unclear_raters(raters)
     ending = what.file_ending
     by_area = what.order == "area"
     if by_area and what.identity == "persistent":
@@ -145,14 +148,34 @@ def parse_raters(texts: Sequence[str]) -> dict[str, Path]:
         name, equals, folder = text.partition("=")
         if not (name and equals and folder):
             raise InputError(f"--raters {text}: expected RATER=FOLDER, for example A1=masks/anna.")
-        if name == "all":
-            raise InputError("--raters all=...: predict --raters all means everyone. Rename it.")
+        refuse_unclear_raters([*raters, name])
         if name in raters:
             raise InputError(f"--raters names {name} twice. Give each rater one folder.")
         if not Path(folder).is_dir():
             raise InputError(f"--raters {name}: {folder} does not exist or is not a folder.")
         raters[name] = Path(folder)
     return raters
+
+
+def refuse_unclear_raters(names: Iterable[str]) -> None:
+    """Refuse names of raters that files or commands could take for others.
+
+    Raises
+    ------
+    InputError
+        If a rater is called all, which means everyone in ``predict``, or two differ only in upper
+        and lower case: on macOS and Windows their files would be the same.
+    """
+    known: dict[str, str] = {}
+    for name in names:
+        if name == "all":
+            raise InputError("A rater called all: predict --raters all means everyone. Rename it.")
+        other = known.setdefault(name.casefold(), name)
+        if other != name:
+            raise InputError(
+                f"The raters {other} and {name} differ only in upper and lower case, which are the "
+                "same folder on macOS and Windows. Rename one."
+            )
 
 
 def _rater_files(
@@ -172,12 +195,6 @@ def _check_files(
                 f"{', '.join(raters)}: no folder holds {case.identifier}{ending}. Add a label map, "
                 "or move the image away."
             )
-        absent = [name for name in raters if name not in dict(case.raters)]
-        if everyone and absent:
-            raise InputError(
-                f"Case {case.identifier!r} in {images} was not annotated by {', '.join(absent)}: "
-                "with --order area each rank needs a label map. Add it, or move the image away."
-            )
     known = {path for case in cases for _, path in case.raters}
     for folder in raters.values():
         for path in sorted(folder.glob(f"*{ending}")):
@@ -186,6 +203,20 @@ def _check_files(
                     f"{path} belongs to no image in {images}. Rename it to CASE{ending}, or move "
                     "it away."
                 )
+    heard = {name for case in cases for name, _ in case.raters}
+    for name, folder in raters.items():
+        if name not in heard:
+            raise InputError(
+                f"Rater {name} annotated no case: {folder} holds no label map CASE{ending}. Add "
+                f"one, or leave --raters {name}={folder} out."
+            )
+    for case in cases if everyone else ():
+        absent = [name for name in raters if name not in dict(case.raters)]
+        if absent:
+            raise InputError(
+                f"Case {case.identifier!r} in {images} was not annotated by {', '.join(absent)}: "
+                "with --order area each rank needs a label map. Add it, or move the image away."
+            )
 
 
 def _read_subjects(path: Path, cases: Sequence[Case]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nnmosaic.data_conversion.add_raters import refuse_unclear_raters
 from nnmosaic.data_conversion.atomic_write import read_json, write_json
 from nnmosaic.data_conversion.case_check import read_image, read_label, reader_of
 from nnmosaic.data_conversion.dataset_json import DatasetJson, parse_dataset_json
@@ -108,6 +109,7 @@ def _with_rater(model: Path, rater: str) -> tuple[dict[str, Any], dict[str, Any]
             "name."
         )
     raters = (*plan.raters, rater)
+    refuse_unclear_raters(raters)
     write_section(plans, replace(section, multirater=replace(plan, raters=raters)))
     return plans, {**content, "multirater": {**content["multirater"], "raters": list(raters)}}
 

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -149,6 +150,34 @@ def test_a_single_rater_and_bad_arguments_are_refused(
     ):
         with pytest.raises(InputError, match=message):
             parse_raters(text)
+
+
+@pytest.mark.parametrize("order", ["as_is", "area"])
+def test_a_rater_without_any_case_is_refused(
+    files: dict[str, Path], tmp_path: Path, order: Literal["as_is", "area"]
+) -> None:
+    (tmp_path / "Nobody").mkdir()
+    raters = {**raters_of(files), "D": tmp_path / "Nobody"}
+    what = replace(WHAT, order=order, identity="exchangeable")
+    with pytest.raises(InputError, match=r"Rater D annotated no case.*Nobody.*leave --raters D="):
+        add_raters(files["images"], raters, tmp_path / "Dataset001_X", what)
+    assert not (tmp_path / "Dataset001_X").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("A", "all"), "predict --raters all means everyone"),
+        (("anna", "Anna"), "anna and Anna differ only in upper and lower case"),
+    ],
+)
+def test_names_that_files_or_commands_confuse_are_refused(
+    files: dict[str, Path], tmp_path: Path, names: tuple[str, str], message: str
+) -> None:
+    raters = dict(zip(names, (files["A"], files["B"]), strict=True))
+    with pytest.raises(InputError, match=message):
+        add_raters(files["images"], raters, tmp_path / "Dataset001_X", WHAT)
+    assert not (tmp_path / "Dataset001_X").exists()
 
 
 def test_doctor_reads_every_rater(files: dict[str, Path], tmp_path: Path) -> None:

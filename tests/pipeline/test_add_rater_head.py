@@ -77,6 +77,8 @@ def test_only_a_head_is_new(
     ("change", "message"),
     [
         (("anna", "small"), "the model knows small already"),
+        (("anna", "all"), "predict --raters all means everyone"),
+        (("anna", "Small"), "small and Small differ only in upper and lower case"),
         (("new", "images"), "exists already"),
         (("l", "empty"), "holds no label map for an image"),
         (("tr", "nnUNetTrainerMultiRaterDiversified"), "has no heads of raters"),

@@ -101,13 +101,27 @@ class MultiRaterTrainer(nnUNetTrainerMosaic):
         return super().configure_optimizers()
 
     def get_tr_and_val_datasets(self) -> tuple[RaterDataset, RaterDataset]:
-        """Return nnU-Net's datasets, and note who annotated their cases."""
+        """Return nnU-Net's datasets, and note who annotated their cases.
+
+        Raises
+        ------
+        InputError
+            If a rater annotated no training case.
+        """
         datasets: tuple[RaterDataset, RaterDataset] = super().get_tr_and_val_datasets()
         self._available: dict[str, Tensor] = {
             name: torch.from_numpy(dataset.available(name))
             for dataset in datasets
             for name in dataset.identifiers
         }
+        heard = torch.stack([self._available[name] for name in datasets[0].identifiers]).any(0)
+        for rater, has_cases in zip(self.rater_plan.raters, heard.tolist(), strict=True):
+            if not has_cases:
+                raise InputError(
+                    f"The rater {rater} annotated no training case of fold {self.fold}: nothing "
+                    "can be learnt of this rater. Train another fold, or make the dataset without "
+                    f"{rater} (nnmosaic add_raters)."
+                )
         return datasets
 
     def _annotations(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from nnmosaic.data_conversion.errors import InputError
 from nnmosaic.pipeline.train import load_pretrained
 from nnmosaic.trainers.base import nnUNetTrainerMosaic
+from nnmosaic.trainers.multi_rater.dataset import RaterDataset
 from nnmosaic.trainers.multi_rater.diversified import nnUNetTrainerMultiRaterDiversified
 from nnmosaic.trainers.multi_rater.personalized import (
     nnUNetTrainerMultiRaterPersonalized,
@@ -273,3 +274,61 @@ def test_datasets_without_raters_are_refused(
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match="declares the raters small, exact"):
         make_trainer(nnUNetTrainerMultiRaterDiversified, DATASET).initialize()
+
+
+def test_a_rater_without_a_training_case_is_refused(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(nnUNetTrainerMultiRaterDiversified, DATASET)
+    learnt, _ = trainer.do_split()
+    monkeypatch.setattr(
+        RaterDataset, "available", lambda _, name: np.array([True, name not in learnt, True])
+    )
+    with pytest.raises(InputError, match="rater exact annotated no training case of fold 0"):
+        trainer.on_train_start()
+    assert trainer.dataloader_train is None
+
+
+STAGES = (nnUNetTrainerMultiRaterDiversified, nnUNetTrainerMultiRaterPersonalized)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"labels": {"background": 0, "both": [1, 2], "dark": 2}, "regions_class_order": [1, 2]},
+            "with regions",
+        ),
+        (
+            {"labels": {"background": 0, "bright": 1, "dark": 2, "ignore": 3}},
+            "with an ignore label",
+        ),
+        (
+            {"partial_labels": {"sources": {"all": {"pattern": ".*", "annotated": "all"}}}},
+            "with partial_labels",
+        ),
+    ],
+)
+def test_what_raters_cannot_have_is_refused(
+    make_trainer: Callable[..., Any],
+    prepared: Path,
+    stage: type,
+    changed: dict[str, Any],
+    message: str,
+) -> None:
+    path = prepared / "nnUNet_preprocessed" / DATASET / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    trainer = make_trainer(stage, DATASET)
+    with pytest.raises(InputError, match=f"{stage.__name__} cannot train {message}"):
+        trainer.initialize()
+    assert trainer.network is None
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_cascade_is_refused(make_trainer: Callable[..., Any], stage: type) -> None:
+    trainer = make_trainer(stage, DATASET)
+    trainer.is_cascaded = True
+    with pytest.raises(InputError, match=f"{stage.__name__} cannot train with a cascade"):
+        trainer.initialize()
+    assert trainer.network is None
