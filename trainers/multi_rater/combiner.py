@@ -87,27 +87,28 @@ class Combiner(nn.Module):
             )
         return x.unflatten(2, inside.shape[2:])
 
-    def f_of_case(self, inside: Tensor, code: Tensor) -> Tensor:
-        """Return f(features, code) for a whole case, on the device of the weights.
+    def add_f_of_case(
+        self, logits: Tensor, inside: Tensor, code: Tensor, *, factor: float, out: Tensor
+    ) -> Tensor:
+        """Return logits + factor * f(features, code) for a whole case.
 
-        The same as in `forward`, a few voxels at a time: they stay in the cache, and memory holds
-        little more than the result.
+        The same f as in `forward`, a few voxels at a time: they stay in the cache, and memory
+        holds little more than the result. Sums are single precision, and stored as ``out`` is.
 
         Parameters
         ----------
+        logits, out : Tensor, shape (C, *spatial)
+            ``out`` is overwritten, and may be ``logits``; any precision, on the device of
+            ``logits``.
         inside : Tensor, shape (width, *spatial)
             What `of_features` makes of the features; any precision and device.
         code : Tensor, shape (latent,)
-
-        Returns
-        -------
-        Tensor, shape (C, *spatial), single precision
         """
         device = self.of_code.weight.device
         codes = code[None].to(device)
-        voxels = inside.flatten(1)
-        found = []
+        voxels, before, after = (t.flatten(1) for t in (inside, logits, out))
         for first in range(0, voxels.shape[1], VOXELS_AT_ONCE):
-            chosen = voxels[None, :, first : first + VOXELS_AT_ONCE].to(device).float()
-            found.append(self._f(chosen, codes)[0])
-        return torch.cat(found, 1).unflatten(1, inside.shape[1:])
+            part = slice(first, first + VOXELS_AT_ONCE)
+            f = self._f(voxels[None, :, part].to(device).float(), codes)[0].to(logits.device)
+            after[:, part] = before[:, part].float() + factor * f
+        return out

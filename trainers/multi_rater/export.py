@@ -1,14 +1,12 @@
 """Writing the masks of one case, and maps of how far they differ (multi_rater spec, 5 and 7.6)."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import SimpleITK
-import torch
-from nnunetv2.inference.export_prediction import (
-    convert_predicted_logits_to_segmentation_with_correct_shape,
-)
+from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
 from torch import Tensor
 
 from nnmosaic.data_conversion.atomic_write import write_json
@@ -16,7 +14,7 @@ from nnmosaic.trainers.multi_rater.wanted_masks import LATENTS, MAPS
 
 
 class SpreadOfMasks:
-    """Mean of probabilities, and how far they differ; takes one volume at a time.
+    """Mean of probabilities, and how far they differ; takes one volume at a time, by slices.
 
     Parameters
     ----------
@@ -27,37 +25,52 @@ class SpreadOfMasks:
     def __init__(self, *, with_maps: bool) -> None:
         self.with_maps = with_maps
         self.number = 0
-        self._sum: Any = 0.0
-        self._squares: Any = 0.0
-        self._entropies: Any = 0.0
+        self._sum: list[np.ndarray] = []
+        self._squares: list[np.ndarray] = []
+        self._entropies: list[np.ndarray] = []
 
-    def add(self, probabilities: np.ndarray) -> None:
-        """Take one sample, shape (K, *spatial), background first."""
+    def add(self, slices: Iterable[np.ndarray]) -> None:
+        """Take one sample, as slices of shape (K, Y, X), background first."""
         self.number += 1
-        self._sum = self._sum + probabilities
-        if self.with_maps:
-            self._squares = self._squares + np.square(probabilities[1:]).sum(0)
-            self._entropies = self._entropies + _entropy(probabilities)
+        for z, probabilities in enumerate(slices):
+            _add(self._sum, z, probabilities)
+            if self.with_maps:
+                _add(self._squares, z, np.square(probabilities[1:]).sum(0))
+                _add(self._entropies, z, _entropy(probabilities))
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean probabilities, shape (K, *spatial)."""
-        mean: np.ndarray = self._sum / self.number
+        """Mean probabilities, shape (K, Z, Y, X)."""
+        mean = np.stack(self._sum, 1)
+        mean /= self.number
         return mean
 
     def maps(self) -> dict[str, np.ndarray]:
-        """Return name of `MAPS` -> float32, shape (*spatial)."""
-        mean = self.mean
-        entropy = _entropy(mean)
-        found = (
-            entropy,
-            entropy - self._entropies / self.number,
-            self._squares / self.number - np.square(mean[1:]).sum(0),
-        )
-        return {
-            name: values.clip(min=0).astype(np.float32)
-            for name, values in zip(MAPS, found, strict=True)
-        }
+        """Return name of `MAPS` -> float32, shape (Z, Y, X)."""
+        found = {name: np.empty(self._shape, np.float32) for name in MAPS}
+        for z, part in enumerate(self._sum):
+            mean = part / self.number
+            entropy = _entropy(mean)
+            values = (
+                entropy,
+                entropy - self._entropies[z] / self.number,
+                self._squares[z] / self.number - np.square(mean[1:]).sum(0),
+            )
+            for name, value in zip(MAPS, values, strict=True):
+                found[name][z] = value.clip(min=0)
+        return found
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (len(self._sum), *self._sum[0].shape[1:])
+
+
+def _add(sums: list[np.ndarray], z: int, values: np.ndarray) -> None:
+    """Add values to the sum of a slice, in place; the first become the sum."""
+    if z == len(sums):
+        sums.append(values.copy())
+    else:
+        sums[z] += values
 
 
 def _entropy(probabilities: np.ndarray) -> np.ndarray:
@@ -106,22 +119,47 @@ class CaseWriter:
         ----------
         kind : {"raters", "samples"}
         logits : Tensor, shape (C, Z, Y, X)
-            On the grid of the plan.
+            On the grid of the plan, on the CPU.
         """
-        counts = kind == self.mean_of
-        found = convert_predicted_logits_to_segmentation_with_correct_shape(
-            logits.float(),
-            self.predictor.plans_manager,
-            self.predictor.configuration_manager,
-            self.predictor.label_manager,
-            self.properties,
-            return_probabilities=counts,
-            num_threads_torch=torch.get_num_threads(),
-        )
-        labels = found[0] if counts else found
-        if counts:
-            self.spread.add(found[1])
-        self._write(labels, self.folder / kind / name)
+        on_grid = self._resampled(logits)
+        labels = np.empty(on_grid.shape[1:], np.uint8 if len(on_grid) < 256 else np.uint16)
+        if kind == self.mean_of:
+            self.spread.add(self._probabilities(on_grid, labels))
+        else:
+            for z, part in enumerate(labels):
+                part[:] = on_grid[:, z].argmax(0)
+        self._write(self._uncropped(labels), self.folder / kind / name)
+
+    def _resampled(self, logits: Tensor) -> np.ndarray:
+        """Return logits on the grid of the cropped image; half precision if it is the plan's.
+
+        As nnU-Net's export does, which makes probabilities and labels of the whole at once: several
+        times the memory of the logits.
+        """
+        plans, properties = self.predictor.plans_manager, self.properties
+        configuration = self.predictor.configuration_manager
+        spacing = [properties["spacing"][i] for i in plans.transpose_forward]
+        shape = properties["shape_after_cropping_and_before_resampling"]
+        current = configuration.spacing
+        if len(current) < len(shape):
+            current = [spacing[0], *current]
+        found = configuration.resampling_fn_probabilities(logits.numpy(), shape, current, spacing)
+        return np.asarray(found)
+
+    def _probabilities(self, logits: np.ndarray, labels: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the probabilities of each slice, (K, Y, X), and write what wins to ``labels``."""
+        for z, part in enumerate(labels):
+            logits_of_slice = np.ascontiguousarray(logits[:, z])
+            found = self.predictor.label_manager.apply_inference_nonlin(logits_of_slice).numpy()
+            part[:] = found.argmax(0)
+            yield found
+
+    def _uncropped(self, values: np.ndarray) -> np.ndarray:
+        """Return values, shape (Z, Y, X), in the whole image and its axes; 0 where it was cut."""
+        whole = np.zeros(self.properties["shape_before_cropping"], values.dtype)
+        insert_crop_into_image(whole, values, self.properties["bbox_used_for_cropping"])
+        turned: np.ndarray = whole.transpose(self.predictor.plans_manager.transpose_backward)
+        return turned
 
     def finish(self, latents: Any, *, save_probabilities: bool = False) -> None:
         """Write the mean, and what else is asked for.
@@ -133,15 +171,23 @@ class CaseWriter:
         save_probabilities : bool
             Write ``CASE.npz`` with the mean probabilities, under nnU-Net's name for them.
         """
-        mean = self.spread.mean
         (self.folder / LATENTS).mkdir(parents=True, exist_ok=True)
         write_json(latents, self.folder / LATENTS / f"{self.case}.json")
         for name, values in self.spread.maps().items() if self.spread.with_maps else ():
-            self._write_map(values, self.folder / name)
+            self._write_map(self._uncropped(values), self.folder / name)
+        mean = self.spread.mean
         if save_probabilities:
-            np.savez_compressed(self.folder / f"{self.case}.npz", probabilities=mean)
-        labels = mean.argmax(0)
-        self._write(labels.astype(np.uint8 if len(mean) < 256 else np.uint16), self.folder)
+            whole = self.predictor.label_manager.revert_cropping_on_probabilities(
+                mean,
+                self.properties["bbox_used_for_cropping"],
+                self.properties["shape_before_cropping"],
+            )
+            axes = [0, *(1 + axis for axis in self.predictor.plans_manager.transpose_backward)]
+            np.savez_compressed(
+                self.folder / f"{self.case}.npz", probabilities=whole.transpose(axes)
+            )
+        labels = mean.argmax(0).astype(np.uint8 if len(mean) < 256 else np.uint16)
+        self._write(self._uncropped(labels), self.folder)
 
     def _write(self, labels: np.ndarray, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

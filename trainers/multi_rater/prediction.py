@@ -9,12 +9,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from torch import Tensor
 
 from nnmosaic.planners.plans_section import rater_plan
@@ -63,7 +63,9 @@ class RaterPredictor:
         self.latents: dict[str, Any] = {}
 
     def logits(self, data: Tensor, case: str) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield `SAMPLES` or `RATERS`, number ("000", ...) or rater, and logits, (C, Z, Y, X).
+        """Yield `SAMPLES` or `RATERS`, number ("000", ...) or rater, and logits.
+
+        The logits have the shape (C, Z, Y, X) and half precision, as nnU-Net's.
 
         Masks of raters are averaged over the networks of the ensemble, whose codes mean different
         things: each sample comes from one of them. ``latents`` then holds the seed, and mean, sigma
@@ -78,22 +80,23 @@ class RaterPredictor:
         """
         wanted = self.wanted
         self.latents = {"seed": wanted.seed, "raters": list(wanted.raters), "networks": []}
-        raters: dict[str, Any] = dict.fromkeys(wanted.raters, 0)
+        raters: dict[str, Tensor] = {}
         number = 0
         for fold in range(self._networks):
             if self.predictor.list_of_parameters is not None:
                 self.network.load_state_dict(self.predictor.list_of_parameters[fold])
             opinion = self._opinion(fold, data, case)
             self.latents["networks"].append({k: v.tolist() for k, v in vars(opinion).items()})
-            plain, inside = self._shared(data)
-            centre = plain.cpu() - self._f(inside, opinion.mean)
+            centre, inside = self._centre(data, opinion.mean)
             for code in opinion.samples:
-                yield SAMPLES, f"{number:03d}", centre + self._f(inside, code)
+                yield SAMPLES, f"{number:03d}", self._logits(centre, inside, code)
                 number += 1
             for name, code in zip(wanted.raters, opinion.raters, strict=True):
-                logits = centre + self._f(inside, code)
-                raters[name] = raters[name] + logits / self._networks
-        yield from ((RATERS, name, logits) for name, logits in raters.items())
+                mean = self._mean(raters.pop(name, None), self._logits(centre, inside, code))
+                if fold + 1 < self._networks:
+                    raters[name] = mean
+                else:
+                    yield RATERS, name, mean
 
     @property
     def _networks(self) -> int:
@@ -137,27 +140,74 @@ class RaterPredictor:
         noise = np.random.default_rng(entropy).standard_normal((number, self.plan.latent))
         return torch.from_numpy(noise.astype(np.float32))
 
-    def _shared(self, data: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def _centre(self, data: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits of a code but for its own f, and what `Combiner` needs for that."""
+        layer = self.network.decoder.seg_layers[-1]
+        plain, inside = self._shared(data).tensor_split([layer.plain.out_channels])
+        return layer.add_f_of_case(plain, inside, mean, factor=-1, out=plain), inside
+
+    def _shared(self, data: Tensor) -> Tensor:
         """Return what the combiner makes of the features whatever the code, see `Combiner.shared`.
 
         Tiles and mirrored copies are averaged here and not in the logits, so that each further
         code costs four products at every voxel of the case, and not of every tile.
         """
         predictor = self.predictor
-        labels, network = predictor.label_manager, predictor.network
-        layer = self.network.decoder.seg_layers[-1]
-        width = layer.plain.out_channels + layer.of_features.out_channels
-        # nnU-Net's predictor asks how many output channels there are.
-        predictor.label_manager = SimpleNamespace(num_segmentation_heads=width)
+        network = predictor.network
         predictor.network, self.network.shared_only = self.network, True
+        cuda = predictor.device.type == "cuda"
         try:
-            shared: Tensor = predictor.predict_sliding_window_return_logits(data)
+            with torch.autocast("cuda") if cuda else nullcontext():
+                if not (cuda and predictor.perform_everything_on_device):
+                    return self._averaged(data, torch.device("cpu"))
+                try:
+                    return self._averaged(data, predictor.device)
+                except torch.cuda.OutOfMemoryError:
+                    torch.cuda.empty_cache()
+                return self._averaged(data, torch.device("cpu"))
         finally:
             self.network.shared_only = False
-            predictor.label_manager, predictor.network = labels, network
-        plain, inside = shared.tensor_split([layer.plain.out_channels])
-        return plain, inside
+            predictor.network = network
+
+    def _averaged(self, data: Tensor, device: torch.device) -> Tensor:
+        """Return what the network says, half precision, averaged over tiles as nnU-Net does.
+
+        nnU-Net's own loop looks for infinity in all channels at once, which takes three times the
+        memory of its result: of the many channels here, most of what a prediction would take.
+        """
+        predictor = self.predictor
+        patch_size = predictor.configuration_manager.patch_size
+        padded, inner = pad_nd_image(data, patch_size, "constant", {"value": 0}, True, None)
+        layer = self.network.decoder.seg_layers[-1]
+        width = layer.plain.out_channels + layer.of_features.out_channels
+        size = padded.shape[1:]
+        total = torch.zeros((width, *size), dtype=torch.half, device=device)
+        weights = torch.zeros(size, dtype=torch.half, device=device)
+        weight: Any = 1
+        if predictor.use_gaussian:
+            weight = compute_gaussian(
+                tuple(patch_size), sigma_scale=1 / 8, value_scaling_factor=10, device=device
+            )
+        for tile in predictor._internal_get_sliding_window_slicers(size):
+            x = padded[tile][None].to(predictor.device)
+            total[tile] += predictor._internal_maybe_mirror_and_predict(x)[0].to(device) * weight
+            weights[tile[1:]] += weight
+        for channel in total:
+            channel /= weights
+            if channel.isinf().any():
+                raise RuntimeError("The network's features are too large for half precision.")
+        there = (slice(None), *inner[1:])
+        return total[there].contiguous()
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def _f(self, inside: Tensor, code: Tensor) -> Tensor:
-        return self.network.decoder.seg_layers[-1].f_of_case(inside, code).cpu()
+    def _logits(self, centre: Tensor, inside: Tensor, code: Tensor) -> Tensor:
+        layer, out = self.network.decoder.seg_layers[-1], torch.empty_like(centre)
+        logits: Tensor = layer.add_f_of_case(centre, inside, code, factor=1, out=out)
+        return logits.cpu()
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def _mean(self, before: Tensor | None, logits: Tensor) -> Tensor:
+        """Add the share of one network, in place."""
+        share = logits.div_(self._networks)
+        return share if before is None else before.add_(share)

@@ -163,7 +163,10 @@ def test_a_case_is_finished_code_by_code(
         expected = network.logits(network.features(image), *both)[0]
         for one, logits in zip(shared, expected, strict=True):
             plain, inside = one.tensor_split([CLASSES])
-            found = plain + layer.f_of_case(inside, code) - layer.f_of_case(inside, mean)
+            before, centre = plain.clone(), torch.empty_like(plain)
+            layer.add_f_of_case(plain, inside, mean, factor=-1, out=centre)
+            assert torch.equal(plain, before)
+            found = layer.add_f_of_case(centre, inside, code, factor=1, out=centre)
             torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
 
 
