@@ -26,12 +26,14 @@ from benchmarks.grid import (
 from benchmarks.rater_data import (
     PATCH,
     PHOTO_FOLDS,
+    TIE,
     Photographs,
     SimulatedRaters,
     keep_largest,
     prepare,
     save_png,
     subjects_file,
+    tie_of,
 )
 from benchmarks.report import RESULTS, footer, provenance, table, write
 from nnmosaic.data_conversion.atomic_write import read_json, write_json
@@ -146,6 +148,7 @@ def one_run(work: Path, name: str, row: str, fold: int, seed: int) -> dict[str, 
     subjects = read_json(subjects_file(work, run.setting.dataset))
     return {
         **result,
+        "tie": tie_of(work, run.setting.dataset),
         "subjects": subjects,
         "epochs and steps": [*epochs, STEPS],
         **what_it_took(start),
@@ -414,6 +417,18 @@ def setting_tables(name: str, seeds: Sequence[int]) -> str:
     return f"## {setting.title}\n\n{table(header, samples)}\n\n{table(second, masks)}"
 
 
+def note_on_ties(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return a sentence on the runs whose fused references had another rule of ties, if any."""
+    old = sorted({run["commit"] for run in runs if run.get("tie") != TIE})
+    if not old:
+        return ""
+    return (
+        "In runs made before that rule ties went to the first rater, so that with two observers "
+        "the fused reference is the first observer's mask, and the baselines learnt this observer: "
+        f"commit {', '.join(old)}. "
+    )
+
+
 def main() -> None:
     """Prepare what is missing, make the missing runs, write the page."""
     run = ("SETTING", "ROW", "FOLD", "SEED")
@@ -435,9 +450,8 @@ def main() -> None:
         for fused in (True, False):  # others begin with it
             some = {path: run for path, run in runs.items() if (run[1] == FUSED) == fused}
             make_missing("benchmarks.multi_rater", some, work, jobs=options.jobs)
-    sources = {}
-    for path in sorted(FOLDER.iterdir()):
-        content = read_json(path)
+    sources, contents = {}, [read_json(path) for path in sorted(FOLDER.iterdir())]
+    for content in contents:
         source = {key: content[key] for key in (*provenance(), "threads", "epochs and steps")}
         sources[footer(source)] = source
     begun = [
@@ -460,7 +474,8 @@ def main() -> None:
         "Intervals: 95 %, "
         "bootstrap over people, of the mean over seeds. Variance ratio: that of the samples over "
         "that of the raters. ECE: of the share of samples, against every rater. Fused: the "
-        "majority, ties as the first rater. Strict: the mask of a rater against this rater only; a "
+        f"majority, ties {TIE}. {note_on_ties(contents)}"
+        "Strict: the mask of a rater against this rater only; a "
         "model with one mask is held against each. Nearest: the "
         "share of masks whose Dice is highest with their own rater, and of annotations with their "
         "own rater's mask; "

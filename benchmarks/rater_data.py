@@ -16,6 +16,10 @@ PATCH, STAGES = 256, 7
 PHOTO_FOLDS = 3
 SHIFT = 2
 """Voxels by which one of the simulated raters moves the border between two classes."""
+TIE = "background"
+"""The rule of ``add_raters`` unless told. Ties to the first of two raters would make this rater's
+masks the fused reference."""
+TIE_FILE = "tie.json"
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,19 @@ def prepare(data: Path, work: Path, datasets: Mapping[str, Photographs | Simulat
     ----------
     datasets : mapping
         nnU-Net's name of the dataset -> where it is from.
+
+    Raises
+    ------
+    RuntimeError
+        If a dataset is there whose references are fused with another rule of ties.
     """
+    for name in datasets:
+        raw = work / "nnUNet_raw" / name
+        if raw.is_dir() and tie_of(work, name) != TIE:
+            raise RuntimeError(
+                f"{raw} has references in which ties go to the first rater. Remove {work}, or "
+                "choose another folder with --work."
+            )
     preprocessed = work / "nnUNet_preprocessed"
     wanted = [preprocessed / name / "splits_final.json" for name in datasets]
     if all(path.is_file() for path in (*wanted, *(subjects_file(work, name) for name in datasets))):
@@ -184,8 +200,9 @@ def prepare(data: Path, work: Path, datasets: Mapping[str, Photographs | Simulat
             command(
                 "add_raters", "-d", number, "-n", short, "--images", str(files / "images"),
                 "--labels", *source.labels, "--channels", *source.channels,
-                "--file_ending", source.file_ending, "--raters", *raters, "--tie", "first_rater",
+                "--file_ending", source.file_ending, "--raters", *raters, "--tie", TIE,
             )  # fmt: skip
+            write_json({"tie": TIE}, work / "nnUNet_raw" / name / TIE_FILE)
     configuration = next(iter(datasets.values())).configuration
     preprocess_with_one_plan(preprocessed, list(datasets), configuration)
     for name, source in datasets.items():
@@ -193,6 +210,12 @@ def prepare(data: Path, work: Path, datasets: Mapping[str, Photographs | Simulat
             _make_patch_smaller(preprocessed / name / "nnUNetPlans.json")
         write_json(people[name], subjects_file(work, name))
         write_json(source.folds(data, people[name]), preprocessed / name / "splits_final.json")
+
+
+def tie_of(work: Path, dataset: str) -> str:
+    """Return which rule of ties the fused references of a raw dataset have."""
+    path = work / "nnUNet_raw" / dataset / TIE_FILE
+    return str(read_json(path)["tie"]) if path.is_file() else "first_rater"  # as it once was
 
 
 def subjects_file(work: Path, dataset: str) -> Path:
