@@ -26,11 +26,10 @@ from nnmosaic.trainers.multi_rater.wanted_masks import WantedMasks
 from nnmosaic.trainers.predictor import MosaicPredictor
 
 
-@pytest.fixture
-def predictor(make_trainer: Callable[..., Any]) -> Any:
+def untrained(make_trainer: Callable[..., Any], configuration: str) -> Any:
     """Return a predictor without mirroring, with an untrained network."""
     torch.manual_seed(0)
-    trainer = make_trainer(nnUNetTrainerMultiRaterPersonalized, "Dataset008_Raters")
+    trainer = make_trainer(nnUNetTrainerMultiRaterPersonalized, "Dataset008_Raters", configuration)
     trainer.initialize()
     trainer.set_deep_supervision_enabled(False)
     made = MosaicPredictor(
@@ -42,6 +41,12 @@ def predictor(make_trainer: Callable[..., Any]) -> Any:
         trainer.dataset_json, type(trainer).__name__, None,
     )  # fmt: skip
     return made
+
+
+@pytest.fixture
+def predictor(make_trainer: Callable[..., Any]) -> Any:
+    """Return a predictor of volumes."""
+    return untrained(make_trainer, "3d_fullres")
 
 
 def all_masks(predictor: Any, image: torch.Tensor, **wanted: Any) -> dict[str, torch.Tensor]:
@@ -67,6 +72,29 @@ def test_one_tile_is_the_direct_forward(predictor: Any) -> None:
             inside = (..., *(slice(n // 4, -(n // 4)) for n in image.shape[1:]))
             one = found[name].float()[inside]
             torch.testing.assert_close(one, direct[inside], rtol=2e-3, atol=1e-3)
+
+
+def test_a_2d_model_has_one_opinion_for_all_slices(make_trainer: Callable[..., Any]) -> None:
+    predictor = untrained(make_trainer, "2d")
+    image = torch.randn(1, 5, *predictor.configuration_manager.patch_size)
+    raters = RaterPredictor(predictor, WantedMasks(("small", "large"), samples=1))
+    found = {name: logits.float() for _, name, logits in raters.logits(image, "case")}
+    (latents,) = raters.latents["networks"]
+    network, slices = predictor.network.eval(), image.swapaxes(0, 1)
+    codes = dict(zip(found, [*latents["samples"], *latents["raters"]], strict=True))
+    with torch.no_grad():
+        prior = network.prior(slices)
+        torch.testing.assert_close(torch.tensor(latents["mean"]), prior.mean.mean(0))
+        variance = prior.sigma.square().mean(0)
+        torch.testing.assert_close(torch.tensor(latents["sigma"]), variance.sqrt())
+        features = network.features(slices)
+        mean = torch.tensor([latents["mean"]]).expand(5, -1)
+        for name, code in codes.items():
+            direct = network.logits(features, torch.tensor([code]).expand(5, -1), mean)
+            inside = (..., *(slice(n // 4, -(n // 4)) for n in image.shape[2:]))
+            torch.testing.assert_close(
+                found[name][inside], direct.swapaxes(0, 1)[inside], rtol=2e-3, atol=1e-3
+            )
 
 
 def test_tiles_share_one_opinion_however_they_overlap(predictor: Any) -> None:
