@@ -101,28 +101,28 @@ class MultiRaterTrainer(nnUNetTrainerMosaic):
         return super().configure_optimizers()
 
     def get_tr_and_val_datasets(self) -> tuple[RaterDataset, RaterDataset]:
-        """Return nnU-Net's datasets, and note who annotated their cases.
-
-        Raises
-        ------
-        InputError
-            If a rater annotated no training case.
-        """
+        """Return nnU-Net's datasets, and note who annotated their cases."""
         datasets: tuple[RaterDataset, RaterDataset] = super().get_tr_and_val_datasets()
         self._available: dict[str, Tensor] = {
             name: torch.from_numpy(dataset.available(name))
             for dataset in datasets
             for name in dataset.identifiers
         }
-        heard = torch.stack([self._available[name] for name in datasets[0].identifiers]).any(0)
+        return datasets
+
+    def on_train_start(self) -> None:
+        """Warn of raters of whom nothing can be learnt."""
+        super().on_train_start()
+        training, _ = self.get_tr_and_val_datasets()
+        heard = torch.stack([self._available[name] for name in training.identifiers]).any(0)
         for rater, has_cases in zip(self.rater_plan.raters, heard.tolist(), strict=True):
             if not has_cases:
-                raise InputError(
-                    f"The rater {rater} annotated no training case of fold {self.fold}: nothing "
-                    "can be learnt of this rater. Train another fold, or make the dataset without "
-                    f"{rater} (nnmosaic add_raters)."
+                self.print_to_log_file(
+                    f"Warning: the rater {rater} annotated no training case of fold {self.fold}, "
+                    "so this fold learns nothing of this rater. Do not predict such a mask with "
+                    "this fold, or leave the rater out (nnmosaic add_raters).",
+                    also_print_to_console=True,
                 )
-        return datasets
 
     def _annotations(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return labels of the raters at full resolution, (B, R, *spatial), and who is there."""

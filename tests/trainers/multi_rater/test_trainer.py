@@ -276,17 +276,20 @@ def test_datasets_without_raters_are_refused(
         make_trainer(nnUNetTrainerMultiRaterDiversified, DATASET).initialize()
 
 
-def test_a_rater_without_a_training_case_is_refused(
-    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def test_a_fold_warns_of_a_rater_without_a_training_case(
+    make_trainer: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     trainer = make_trainer(nnUNetTrainerMultiRaterDiversified, DATASET)
     learnt, _ = trainer.do_split()
     monkeypatch.setattr(
         RaterDataset, "available", lambda _, name: np.array([True, name not in learnt, True])
     )
-    with pytest.raises(InputError, match="rater exact annotated no training case of fold 0"):
-        trainer.on_train_start()
-    assert trainer.dataloader_train is None
+    trainer.on_train_start()
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "Warning" in line]
+    assert len(warnings) == 1
+    assert "the rater exact annotated no training case of fold 0" in warnings[0]
 
 
 STAGES = (nnUNetTrainerMultiRaterDiversified, nnUNetTrainerMultiRaterPersonalized)
