@@ -114,6 +114,20 @@ SETTINGS = {
             "sigmoid, masked BCE": Row(("Disjoint",), "nnUNetTrainerMaskedSigmoid"),
         },
     ),
+    "disjoint_longer": Setting(
+        "Hippocampus, the two disjoint sources with twice as many steps",
+        "hippocampus",
+        {
+            "oracle": ORACLE,
+            "ours": Row(("Disjoint",)),
+            MISSING: Row(("Disjoint",), PLAIN),
+            "one model per source, fused": Row(("Anterior", "Posterior"), PLAIN),
+            "one model per source, half the budget each": Row(
+                ("Anterior", "Posterior"), PLAIN, parts=2
+            ),
+        },
+        times=2,
+    ),
     "ten_percent": Setting(
         "Hippocampus, every tenth subject complete, the others anterior only",
         "hippocampus",
