@@ -177,7 +177,8 @@ SETTINGS = {
         times=2,
     ),
     "chaos_phases": Setting(
-        "CHAOS, twice as many steps; T1 training images in phase and out of phase, test in phase",
+        "CHAOS, three times as many steps; T1 training images in phase and out of phase, test in "
+        "phase",
         "chaos_phases",
         {
             "oracle": Row(("SequencesPhases",), PLAIN, SIDES),
@@ -187,7 +188,7 @@ SETTINGS = {
         NEVER,
         one_seed=True,
         note="Options as with one phase.",
-        times=2,
+        times=3,
     ),
 }
 
