@@ -188,8 +188,8 @@ SETTINGS = {
         },
         NEVER,
         one_seed=True,
-        note="Options as with one phase, but for a teacher that begins at the same step and is surer "
-        "of background: chosen by the organs that were hidden in training images.",
+        note="Options as with one phase, but for a teacher that begins at the same step and is "
+        "surer of background: chosen by the organs that were hidden in training images.",
         times=3,
     ),
 }
