@@ -1,4 +1,4 @@
-"""Means whose gradients are the same in one process and in several."""
+"""Sums, and means whose gradients are the same in one process and in several."""
 
 import torch
 from torch import Tensor
@@ -15,3 +15,8 @@ def average(total: Tensor, count: Tensor, *, ddp: bool) -> Tensor:
         torch.distributed.all_reduce(count)
         return total / (count.clamp_min(1) / torch.distributed.get_world_size())
     return total / count.clamp_min(1)
+
+
+def inner_product(one: Tensor, other: Tensor) -> Tensor:
+    """Return the sum of the products of two tensors of one shape, without keeping the products."""
+    return torch.dot(one.flatten(), other.flatten())

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nnmosaic.trainers.averaging import average
+from nnmosaic.trainers.averaging import average, inner_product
 
 
 def ambiguous_groups(
@@ -120,7 +120,7 @@ class OpenVoxels:
             if classes[0] == 0:  # they ascend
                 background = goal[0] == best
                 sure = (sure & ~background) | ((best > threshold) & background)
-            total = total - (goal * (sure & voxels) * log_p).sum()
+            total = total - inner_product(goal * (sure & voxels), log_p)
         return average(total, self._count, ddp=self._ddp)
 
 

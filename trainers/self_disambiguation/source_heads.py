@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nnmosaic.trainers.averaging import average
+from nnmosaic.trainers.averaging import average, inner_product
 from nnmosaic.trainers.self_disambiguation.ambiguity import ambiguous_groups, class_channels
 
 
@@ -87,8 +87,9 @@ def own_label_loss(
     count = heads[0].new_zeros(())
     for logits, labels, s in zip(heads, target, own, strict=True):
         annotated = torch.stack([labels[0] == value for value in groups[s or 0]]) & (s is not None)
-        total = total - (torch.log_softmax(logits, 0) * annotated).sum()
-        count = count + annotated.sum()
+        one_hot = annotated.to(logits.dtype)
+        total = total - inner_product(one_hot, torch.log_softmax(logits, 0))
+        count = count + one_hot.sum()
     return average(total, count, ddp=ddp)
 
 
@@ -147,6 +148,7 @@ def consistency_loss(
         sums = [z[0] if len(z) == 1 else torch.stack(z).logsumexp(0) for z in shared.values()]
         log_q = torch.log_softmax(torch.stack(sums), 0)
         log_h = torch.log_softmax(torch.stack([heads[b][k] for k in shared]).detach(), 0)
-        total = total + ((log_h.exp() * (log_h - log_q)).sum(0) * voxels).sum()
+        asked = log_h.exp() * voxels
+        total = total + inner_product(asked, log_h - log_q)
         count = count + voxels.sum()
     return average(total, count, ddp=ddp)
