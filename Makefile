@@ -2,7 +2,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGES := data_conversion planners trainers pipeline
 
-.PHONY: install lint type test test-all demo browser vendor screenshot clean
+.PHONY: install lint type test test-all demo demo-raters browser vendor screenshot clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,9 @@ test-all: lint type test
 demo: install
 	$(BIN)/python examples/hippocampus/demo.py --output demo_output
 
+demo-raters: install
+	$(BIN)/python examples/retina/demo.py --output demo_retina
+
 # What the test of the page needs besides Chromium and Node.
 browser: node_modules/.package-lock.json
 
@@ -44,4 +47,4 @@ screenshot: install browser
 		tests/pipeline/serve/test_page.py
 
 clean:
-	rm -rf $(VENV) node_modules build demo_output .typecheck .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) node_modules build demo_output demo_retina .typecheck .mypy_cache .pytest_cache .ruff_cache *.egg-info

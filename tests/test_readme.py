@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
+from skimage import io
 
 from nnmosaic.pipeline.cli import _parser
 from nnmosaic.trainers import TRAINERS
@@ -37,6 +39,7 @@ SHORTER["in 0 1 2 3 4"] = "in 0"
 SHORTER["--minutes 30"] = "--minutes 8"  # one measurement is enough to choose
 SHORTER["-p In30Minutes"] = "-p In30Minutes --epochs 1 --iterations_per_epoch 2"
 EXAMPLE = Path("examples") / "hippocampus"
+RETINA = Path("examples") / "retina"
 
 
 def small_checkout(folder: Path) -> Path:
@@ -178,3 +181,64 @@ def test_the_demo_scores_and_draws_every_test_case(
     models = list(output.glob("workspace/nnUNet_results/*/*/fold_*/checkpoint_final.pth"))
     assert len(models) == 2
     assert "Dice on unseen cases" in log
+
+
+@pytest.fixture(scope="module")
+def observers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder with the output of the other demo, made of small pieces of its images."""
+    folder = tmp_path_factory.mktemp("retina")
+    for path in (ROOT / RETINA).rglob("*.png"):
+        piece = folder / "data" / path.relative_to(ROOT / RETINA)
+        piece.parent.mkdir(parents=True, exist_ok=True)
+        io.imsave(piece, io.imread(path)[200:264, 200:264], check_contrast=False)
+    arguments = ["--data", str(folder / "data"), "--output", str(folder / "output")]
+    command = [sys.executable, str(ROOT / RETINA / "demo.py"), *arguments]
+    run = subprocess.run(
+        [*command, "--iterations_per_epoch", "1"], env=environment(), capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_the_demo_of_two_observers_predicts_both_and_draws_them(observers: Path) -> None:
+    output = observers / "output"
+    (case,) = (path.stem for path in (output / "predictions").glob("*.png"))
+    assert case == "Image_14L"
+    for name in ("first", "second"):
+        assert (output / "predictions" / "raters" / name / f"{case}.png").is_file()
+    assert len(list((output / "predictions" / "samples").iterdir())) == 16
+    assert (output / "predictions" / "summary_raters.json").is_file()
+    assert io.imread(output / "observers.png").shape == (330, 1200, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changed", "panels"),
+    [
+        ("data/test/images/Image_14L_0000.png", {0, 1, 2}),
+        ("data/test/raters/second/Image_14L.png", {1}),
+        ("output/predictions/raters/first/Image_14L.png", {2}),
+        ("output/predictions/entropy/Image_14L.tif", {3}),
+    ],
+)
+def test_every_panel_of_the_picture_shows_its_own_file(
+    observers: Path, tmp_path: Path, changed: str, panels: set[int]
+) -> None:
+    copy = shutil.copytree(observers, tmp_path / "copy")
+    array = io.imread(copy / changed)
+    corner = array[16:48, 16:48]
+    corner[...] = np.where(corner > 0, 0, 1 if array.dtype == np.uint8 else 0.5)
+    io.imsave(copy / changed, array, check_contrast=False)
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import figure; "
+        "figure.draw(Path('data/test'), Path('output/predictions'), Path('observers.png'))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(ROOT / RETINA)], cwd=copy, check=True)
+    before, after = (
+        io.imread(path).astype(int)
+        for path in (observers / "output" / "observers.png", copy / "observers.png")
+    )
+    # Without the bar of colours; the panels begin every 280 pixels.
+    differs = (before != after)[:, : 4 * 280].any((0, 2))
+    assert {int(x) // 280 for x in np.flatnonzero(differs)} == panels
