@@ -108,7 +108,8 @@ def train_and_predict(
 ) -> Path:
     """Train, predict the test images without mirroring, and return the folder with label maps.
 
-    Classes have the numbers of the test images, which a merged dataset may have changed.
+    Classes have the numbers of the test images, which a merged dataset may have changed. The same
+    training goes on from its last checkpoint if it was ended before.
     """
     import torch
 
@@ -118,10 +119,17 @@ def train_and_predict(
     from nnmosaic.planners.plans_section import RunSettings
     from nnmosaic.trainers.lookup import trainer_class
 
-    shutil.rmtree(output, ignore_errors=True)
+    asked = {"training": str(training), "seed": seed}
+    begun = output / "training.json"
+    checkpoint = next(output.glob("*/*/*/checkpoint_latest.pth"), None)
+    if checkpoint is None or not begun.is_file() or read_json(begun) != asked:
+        checkpoint = None
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
+        write_json(asked, begun)
     folder = Path(os.environ["nnUNet_preprocessed"]) / training.dataset
     os.environ["nnUNet_results"] = str(output)
-    plans = {**read_json(folder / "nnUNetPlans.json"), "continue_training": False}
+    plans = {**read_json(folder / "nnUNetPlans.json"), "continue_training": checkpoint is not None}
     content = read_json(folder / "dataset.json")
     trainer: Any = trainer_class(training.trainer)(
         plans, training.configuration, training.fold, content, torch.device("cpu")
@@ -137,6 +145,8 @@ def train_and_predict(
     trainer.request_settings(settings)
     if training.pretrained is not None:
         load_pretrained(trainer, training.pretrained)
+    if checkpoint is not None:
+        trainer.load_checkpoint(str(checkpoint))
     trainer.run_training()
     predict(
         training.test / "imagesTs", output / "predictions", Path(trainer.output_folder_base),

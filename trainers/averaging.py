@@ -18,5 +18,8 @@ def average(total: Tensor, count: Tensor, *, ddp: bool) -> Tensor:
 
 
 def inner_product(one: Tensor, other: Tensor) -> Tensor:
-    """Return the sum of the products of two tensors of one shape, without keeping the products."""
-    return torch.dot(one.flatten(), other.flatten())
+    """Return the sum of the products of two tensors of one shape, without keeping the products.
+
+    The dtype is that of ``other``.
+    """
+    return torch.dot(one.flatten().to(other.dtype), other.flatten())

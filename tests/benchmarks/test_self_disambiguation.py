@@ -9,7 +9,7 @@ from benchmarks import self_disambiguation
 
 @pytest.mark.parametrize(
     ("setting", "steps"),
-    [("disjoint", 800), ("chaos", 4800), ("chaos_longer", 9600), ("chaos_phases", 9600)],
+    [("disjoint", 800), ("chaos", 4800), ("chaos_longer", 9600), ("chaos_phases", 14400)],
 )
 def test_a_setting_says_how_many_steps_it_has(
     setting: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
