@@ -122,7 +122,6 @@ SETTINGS = {
             "oracle": ORACLE,
             "ours": Row(("Disjoint",)),
             MISSING: Row(("Disjoint",), PLAIN),
-            "one model per source, fused": Row(("Anterior", "Posterior"), PLAIN),
             "one model per source, half the budget each": Row(
                 ("Anterior", "Posterior"), PLAIN, parts=2
             ),
@@ -246,11 +245,21 @@ def _fuse(folders: Sequence[Path], test: Path) -> Path:
 
 
 def result_path(setting: str, row: str, seed: int) -> Path:
-    """Return where a run's result goes; settings share the oracle of a corpus and budget."""
-    if row == "oracle":
-        of = (SETTINGS[setting].corpus, SETTINGS[setting].times)
-        setting = next(n for n, other in SETTINGS.items() if (other.corpus, other.times) == of)
-    return FOLDER / file_name(setting, row, seed)
+    """Return where a run's result goes; rows that train the same share the first one's."""
+    asked = _trainings(SETTINGS[setting], SETTINGS[setting].rows[row])
+    first, of_first = next(
+        (name, of_name)
+        for name, other in SETTINGS.items()
+        for of_name in other.rows
+        if _trainings(other, other.rows[of_name]) == asked
+    )
+    return FOLDER / file_name(first, of_first, seed)
+
+
+def _trainings(setting: Setting, row: Row) -> tuple[object, ...]:
+    """Return what a row trains: its data, how, and the epochs of each model."""
+    epochs = budget_of(setting)[1]["epochs"] // row.parts
+    return setting.corpus, row.datasets, row.trainer, row.options, epochs
 
 
 def all_runs(settings: Sequence[str], seeds: Sequence[int]) -> dict[Path, tuple[str, str, str]]:
