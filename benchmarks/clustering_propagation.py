@@ -172,7 +172,7 @@ def one_run(work: Path, name: str, row_name: str, seed: int) -> dict[str, Any]:
             sweep: scores(_predicted(model, test, output / sweep, sweep), test) for sweep in SWEEPS
         }
         result["curves"] = interaction_curves(model, test)
-    return {**result, **what_it_took(start)}
+    return {**result, **what_it_took(start, output / "run")}
 
 
 def _predicted(model: Path, test: Path, output: Path, sweep: str) -> Path:

@@ -297,7 +297,7 @@ def one_run(work: Path, name: str, row_name: str, draw: int, seed: int) -> dict[
     return {
         "setting": name, "row": row_name, "draw": draw, "seed": seed,
         "trainer": row.trainer, "options": dict(row.options),
-        "dice_tp_fn": scores(predictions, test), **what_it_took(start),
+        "dice_tp_fn": scores(predictions, test), **what_it_took(start, output),
     }  # fmt: skip
 
 

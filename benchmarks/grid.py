@@ -20,6 +20,8 @@ from nnmosaic.data_conversion.dataset_json import parse_dataset_json
 
 WORKSPACE = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 RESAMPLES = 2000
+BEGUN = "training.json"
+"""In the folder of a training: what was asked for, and what attempts that were ended had taken."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +121,7 @@ def train_and_predict(
     from nnmosaic.planners.plans_section import RunSettings
     from nnmosaic.trainers.lookup import trainer_class
 
-    asked = {"training": str(training), "seed": seed}
-    begun = output / "training.json"
-    checkpoint = next(output.glob("*/*/*/checkpoint_latest.pth"), None)
-    if checkpoint is None or not begun.is_file() or read_json(begun) != asked:
-        checkpoint = None
-        shutil.rmtree(output, ignore_errors=True)
-        output.mkdir(parents=True)
-        write_json(asked, begun)
+    checkpoint = _begin(output, f"{training}, seed {seed}")
     folder = Path(os.environ["nnUNet_preprocessed"]) / training.dataset
     os.environ["nnUNet_results"] = str(output)
     plans = {**read_json(folder / "nnUNetPlans.json"), "continue_training": checkpoint is not None}
@@ -156,6 +151,21 @@ def train_and_predict(
     numbers = read_json(training.test / "dataset.json")["labels"]
     _renumber(output / "predictions", content["labels"], numbers)
     return output / "predictions"
+
+
+def _begin(output: Path, asked: str) -> Path | None:
+    """Return the checkpoint from which a training goes on, or empty its folder."""
+    checkpoint = next(output.glob("*/*/*/checkpoint_latest.pth"), None)
+    before = read_json(output / BEGUN) if (output / BEGUN).is_file() else {}
+    seconds = 0.0
+    if checkpoint is not None and before.get("asked") == asked:
+        seconds = before["seconds"] + checkpoint.stat().st_mtime - before["started"]
+    else:
+        checkpoint = None
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
+    write_json({"asked": asked, "seconds": seconds, "started": time.time()}, output / BEGUN)
+    return checkpoint
 
 
 def _renumber(folder: Path, old: Mapping[str, int], new: Mapping[str, int]) -> None:
@@ -192,12 +202,16 @@ def scores(predictions: Path, test: Path) -> dict[str, dict[str, list[float]]]:
     }
 
 
-def what_it_took(start: float) -> dict[str, Any]:
-    """Return seconds since ``start``, threads and provenance, for the file of a run."""
+def what_it_took(start: float, *outputs: Path) -> dict[str, Any]:
+    """Return seconds since ``start``, threads and provenance, for the file of a run.
+
+    Of trainings to ``outputs`` that went on, what they had taken until the checkpoint is added.
+    """
     import torch
 
-    seconds = round(time.perf_counter() - start, 1)
-    return {"seconds": seconds, "threads": torch.get_num_threads(), **provenance()}
+    seconds = time.perf_counter() - start
+    seconds += sum(read_json(output / BEGUN)["seconds"] for output in outputs)
+    return {"seconds": round(seconds, 1), "threads": torch.get_num_threads(), **provenance()}
 
 
 # ------------------------------------------------------------------ all runs

@@ -220,7 +220,8 @@ def one_run(work: Path, setting: str, row_name: str, seed: int) -> dict[str, Any
     predictions = _fuse(folders, test) if several else folders[0]
     return {
         "setting": setting, "row": row_name, "seed": seed,
-        "dice_tp_fn": scores(predictions, test), **what_it_took(start),
+        "dice_tp_fn": scores(predictions, test),
+        **what_it_took(start, *(folder.parent for folder in folders)),
     }  # fmt: skip
 
 
