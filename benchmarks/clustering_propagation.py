@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.grid import (
+    BEGUN,
     Training,
     command,
     comparison_row,
@@ -172,7 +173,7 @@ def one_run(work: Path, name: str, row_name: str, seed: int) -> dict[str, Any]:
             sweep: scores(_predicted(model, test, output / sweep, sweep), test) for sweep in SWEEPS
         }
         result["curves"] = interaction_curves(model, test)
-    return {**result, **what_it_took(start, output / "run")}
+    return {**result, **what_it_took(start, *(begun.parent for begun in output.glob(f"*/{BEGUN}")))}
 
 
 def _predicted(model: Path, test: Path, output: Path, sweep: str) -> Path:

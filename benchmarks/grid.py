@@ -20,8 +20,9 @@ from nnmosaic.data_conversion.dataset_json import parse_dataset_json
 
 WORKSPACE = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 RESAMPLES = 2000
-BEGUN = "training.json"
-"""In the folder of a training: what was asked for, and what attempts that were ended had taken."""
+BEGUN, FINAL = "training.json", "checkpoint_final.pth"
+"""In the folder of a training: what was asked for and what attempts that were ended had taken; the
+weights at the end."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,10 @@ def train_and_predict(
     from nnmosaic.trainers.lookup import trainer_class
 
     checkpoint = _begin(output, f"{training}, seed {seed}")
+    goes_on = checkpoint is not None and checkpoint.name != FINAL
     folder = Path(os.environ["nnUNet_preprocessed"]) / training.dataset
     os.environ["nnUNet_results"] = str(output)
-    plans = {**read_json(folder / "nnUNetPlans.json"), "continue_training": checkpoint is not None}
+    plans = {**read_json(folder / "nnUNetPlans.json"), "continue_training": goes_on}
     content = read_json(folder / "dataset.json")
     trainer: Any = trainer_class(training.trainer)(
         plans, training.configuration, training.fold, content, torch.device("cpu")
@@ -140,9 +142,11 @@ def train_and_predict(
     trainer.request_settings(settings)
     if training.pretrained is not None:
         load_pretrained(trainer, training.pretrained)
-    if checkpoint is not None:
+    if goes_on:
         trainer.load_checkpoint(str(checkpoint))
-    trainer.run_training()
+    if goes_on or checkpoint is None:
+        trainer.run_training()
+    shutil.rmtree(output / "predictions", ignore_errors=True)
     predict(
         training.test / "imagesTs", output / "predictions", Path(trainer.output_folder_base),
         folds=[training.fold], mirroring=False, save_probabilities=probabilities, device="cpu",
@@ -154,18 +158,25 @@ def train_and_predict(
 
 
 def _begin(output: Path, asked: str) -> Path | None:
-    """Return the checkpoint from which a training goes on, or empty its folder."""
-    checkpoint = next(output.glob("*/*/*/checkpoint_latest.pth"), None)
-    before = read_json(output / BEGUN) if (output / BEGUN).is_file() else {}
-    seconds = 0.0
-    if checkpoint is not None and before.get("asked") == asked:
-        seconds = before["seconds"] + checkpoint.stat().st_mtime - before["started"]
+    """Return the checkpoint with which a training goes on or ends, or empty its folder.
+
+    One that has ended serves again at the same commit only.
+    """
+    record = read_json(output / BEGUN) if (output / BEGUN).is_file() else {}
+    seconds, commits, now = 0.0, [], provenance()["commit"]
+    found = [*output.glob(f"*/*/*/{FINAL}"), *output.glob("*/*/*/checkpoint_latest.pth")]
+    same = record.get("asked") == asked and bool(found)
+    if same and (found[0].name != FINAL or record["commits"] == [now]):
+        seconds = record["seconds"] + max(0.0, found[0].stat().st_mtime - record["started"])
+        commits = record["commits"]
     else:
-        checkpoint = None
+        found = []
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir(parents=True)
-    write_json({"asked": asked, "seconds": seconds, "started": time.time()}, output / BEGUN)
-    return checkpoint
+    commits = list(dict.fromkeys([*commits, now]))
+    begun = {"asked": asked, "seconds": seconds, "commits": commits, "started": time.time()}
+    write_json(begun, output / BEGUN)
+    return found[0] if found else None
 
 
 def _renumber(folder: Path, old: Mapping[str, int], new: Mapping[str, int]) -> None:
@@ -205,13 +216,17 @@ def scores(predictions: Path, test: Path) -> dict[str, dict[str, list[float]]]:
 def what_it_took(start: float, *outputs: Path) -> dict[str, Any]:
     """Return seconds since ``start``, threads and provenance, for the file of a run.
 
-    Of trainings to ``outputs`` that went on, what they had taken until the checkpoint is added.
+    Of trainings to ``outputs`` that went on, what they had taken until the checkpoint is added, and
+    the commits of all attempts are named.
     """
     import torch
 
-    seconds = time.perf_counter() - start
-    seconds += sum(read_json(output / BEGUN)["seconds"] for output in outputs)
-    return {"seconds": round(seconds, 1), "threads": torch.get_num_threads(), **provenance()}
+    source, seconds = provenance(), time.perf_counter() - start
+    begun = [read_json(output / BEGUN) for output in outputs]
+    commits = dict.fromkeys([*(c for of in begun for c in of["commits"]), source["commit"]])
+    seconds += sum(of["seconds"] for of in begun)
+    source["commit"] = ", then ".join(commits)
+    return {"seconds": round(seconds, 1), "threads": torch.get_num_threads(), **source}
 
 
 # ------------------------------------------------------------------ all runs

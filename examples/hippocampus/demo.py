@@ -42,6 +42,8 @@ class Demo:
     def __init__(self, data: Path, output: Path, settings: Sequence[str], device: str) -> None:
         self.data, self.output, self.settings, self.device = data, output, settings, device
         self.seconds: dict[str, float] = {}
+        if output.is_dir() and any(output.iterdir()) and not (output / "workspace").is_dir():
+            sys.exit(f"{output} has other files than this demo's. Name a new folder with --output.")
         shutil.rmtree(output, ignore_errors=True)
         for source in SOURCES:
             shutil.copytree(data / source, output / "workspace" / "nnUNet_raw" / source)

@@ -32,6 +32,8 @@ def run(data: Path, output: Path, steps: str, device: str) -> None:
     steps : str
         Of an epoch.
     """
+    if output.is_dir() and any(output.iterdir()) and not (output / "workspace").is_dir():
+        sys.exit(f"{output} has other files than this demo's. Name a new folder with --output.")
     shutil.rmtree(output, ignore_errors=True)
     training, test = data / "training", data / "test"
     raters = [f"{name}={training / 'raters' / name}" for name in OBSERVERS]

@@ -23,7 +23,7 @@ def draw(test: Path, predictions: Path, path: Path) -> None:
     test : Path
         Folder with ``images`` and, under ``raters``, a folder of masks for each of two observers.
     predictions : Path
-        As written by ``nnmosaic predict`` with ``--raters all --uncertainty``.
+        As written by ``nnmosaic predict`` with ``--raters all --samples N --uncertainty``.
     """
     image_path = min((test / "images").glob("*_0000.png"))
     case = image_path.name.removesuffix("_0000.png")
@@ -34,7 +34,8 @@ def draw(test: Path, predictions: Path, path: Path) -> None:
     entropy = _window(io.imread(predictions / "entropy" / f"{case}.tif"))
     mpl.rcdefaults()  # nnU-Net's training curves leave large letters
     figure, axes = plt.subplots(1, 4, figsize=(12, 3.3), layout="constrained")
-    titles = ("image", "observers", "predicted for them", "entropy of 16 samples")
+    samples = len(list((predictions / "samples").iterdir()))
+    titles = ("image", "observers", "predicted for them", f"entropy of {samples} samples")
     for panel, title in zip(axes, titles, strict=True):
         panel.set_title(title)
         panel.axis("off")
