@@ -12,6 +12,9 @@ from torch import Tensor
 from nnmosaic.data_conversion.atomic_write import write_json
 from nnmosaic.trainers.multi_rater.wanted_masks import LATENTS, MAPS
 
+VALUES_AT_ONCE = 2**16
+"""Probabilities that are made together, of whole slices: of thin ones, each costs a call."""
+
 
 class SpreadOfMasks:
     """Mean of probabilities, and how far they differ; takes one volume at a time, by slices.
@@ -148,11 +151,12 @@ class CaseWriter:
 
     def _probabilities(self, logits: np.ndarray, labels: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the probabilities of each slice, (K, Y, X), and write what wins to ``labels``."""
-        for z, part in enumerate(labels):
-            logits_of_slice = np.ascontiguousarray(logits[:, z])
-            found = self.predictor.label_manager.apply_inference_nonlin(logits_of_slice).numpy()
-            part[:] = found.argmax(0)
-            yield found
+        at_once = max(1, VALUES_AT_ONCE // logits[:, 0].size)
+        for first in range(0, len(labels), at_once):
+            some = np.ascontiguousarray(logits[:, first : first + at_once])
+            found = self.predictor.label_manager.apply_inference_nonlin(some).numpy()
+            labels[first : first + at_once] = found.argmax(0)
+            yield from found.swapaxes(0, 1)
 
     def _uncropped(self, values: np.ndarray) -> np.ndarray:
         """Return values, shape (Z, Y, X), in the whole image and its axes; 0 where it was cut."""

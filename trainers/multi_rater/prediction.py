@@ -1,8 +1,9 @@
 """Prediction with one opinion for a whole case (multi_rater spec, 7.6).
 
-The prior depends on what it sees: a code drawn for every tile would leave seams. So a first pass
-over the tiles finds one distribution of codes for the case. A second one, with nnU-Net's overlap
-and mirrored copies, makes what all codes share; each code then adds the last layers, once.
+The prior depends on what it sees: a code drawn for every tile would leave seams. So the prior sees
+the tiles first, and one distribution of codes is found for the case. A pass of the U-Net, with
+nnU-Net's overlap and mirrored copies, makes the raters' queries and what all codes share; each code
+then adds the last layers, once.
 """
 
 import zlib
@@ -85,9 +86,11 @@ class RaterPredictor:
         for fold in range(self._networks):
             if self.predictor.list_of_parameters is not None:
                 self.network.load_state_dict(self.predictor.list_of_parameters[fold])
-            opinion = self._opinion(fold, data, case)
+            prior = self._prior(data)
+            shared, queries = self._shared(data)
+            opinion = self._opinion(prior, queries, case, fold)
             self.latents["networks"].append({k: v.tolist() for k, v in vars(opinion).items()})
-            centre, inside = self._centre(data, opinion.mean)
+            centre, inside = self._centre(shared, opinion.mean)
             for code in opinion.samples:
                 yield SAMPLES, f"{number:03d}", self._logits(centre, inside, code)
                 number += 1
@@ -97,33 +100,38 @@ class RaterPredictor:
                     raters[name] = mean
                 else:
                     yield RATERS, name, mean
+            del shared, centre, inside  # before the next network makes its own
 
     @property
     def _networks(self) -> int:
         return len(self.predictor.list_of_parameters or [None])
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def _opinion(self, fold: int, data: Tensor, case: str) -> _Opinion:
-        """Return the codes of a network; every tile counts the same, with the fewest tiles."""
+    def _prior(self, data: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and sigma, shape (latent,); every tile counts the same, with the fewest."""
         device = self.predictor.device
         network = self.network.to(device).eval()
         patch_size = self.predictor.configuration_manager.patch_size
         padded = pad_nd_image(data, patch_size, "constant", {"value": 0}, False, None)
-        means, variances, queries = [], [], []
+        means, variances = [], []
         for tile in self._tiles_side_by_side(padded.shape[1:]):
-            x = padded[tile][None].to(device)
+            x = _efficient_batch(padded[tile][None].to(device))
             with torch.autocast("cuda") if device.type == "cuda" else nullcontext():
                 prior = network.prior(x)
-                if self.wanted.raters:
-                    queries.append(network.queries(network.features(x)[0])[:, 0].cpu())
             means.append(prior.mean[0].cpu())
             variances.append(prior.sigma[0].square().cpu())
-        mean, sigma = torch.stack(means).mean(0), torch.stack(variances).mean(0).sqrt()
+        return torch.stack(means).mean(0), torch.stack(variances).mean(0).sqrt()
+
+    def _opinion(
+        self, prior: tuple[Tensor, Tensor], queries: Sequence[Tensor], case: str, fold: int
+    ) -> _Opinion:
+        """Return the codes of a network, of the queries (R, latent) of each tile."""
+        mean, sigma = prior
         share = len(np.array_split(range(self.wanted.samples), self._networks)[fold])
         samples = mean + sigma * self._noise(share, case, fold)
         raters = torch.zeros(0, len(mean))
         if self.wanted.raters:
-            own = codes_of_raters(torch.stack(queries).mean(0), mean, sigma)
+            own = codes_of_raters(torch.stack(list(queries)).mean(0), mean, sigma)
             raters = own[[self.plan.raters.index(name) for name in self.wanted.raters]]
         return _Opinion(mean, sigma, samples, raters)
 
@@ -141,17 +149,19 @@ class RaterPredictor:
         return torch.from_numpy(noise.astype(np.float32))
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def _centre(self, data: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    def _centre(self, shared: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of a code but for its own f, and what `Combiner` needs for that."""
         layer = self.network.decoder.seg_layers[-1]
-        plain, inside = self._shared(data).tensor_split([layer.plain.out_channels])
+        plain, inside = shared.tensor_split([layer.plain.out_channels])
         return layer.add_f_of_case(plain, inside, mean, factor=-1, out=plain), inside
 
-    def _shared(self, data: Tensor) -> Tensor:
-        """Return what the combiner makes of the features whatever the code, see `Combiner.shared`.
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def _shared(self, data: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return what the combiner makes of the features whatever the code, and all queries.
 
-        Tiles and mirrored copies are averaged here and not in the logits, so that each further
-        code costs four products at every voxel of the case, and not of every tile.
+        See `Combiner.shared`. Tiles and mirrored copies are averaged here and not in the logits,
+        so that each further code costs four products at every voxel of the case, and not of every
+        tile.
         """
         predictor = self.predictor
         network = predictor.network
@@ -170,8 +180,11 @@ class RaterPredictor:
             self.network.shared_only = False
             predictor.network = network
 
-    def _averaged(self, data: Tensor, device: torch.device) -> Tensor:
+    def _averaged(self, data: Tensor, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         """Return what the network says, half precision, averaged over tiles as nnU-Net does.
+
+        With it, if raters are wanted, the queries of each tile, shape (R, latent), from the copy
+        that is not mirrored.
 
         nnU-Net's own loop looks for infinity in all channels at once, which takes three times the
         memory of its result: of the many channels here, most of what a prediction would take.
@@ -189,7 +202,16 @@ class RaterPredictor:
             weight = compute_gaussian(
                 tuple(patch_size), sigma_scale=1 / 8, value_scaling_factor=10, device=device
             )
+        last_stage = self.network.decoder.stages[-1]
+        queries: list[Tensor] = []
+
+        def ask_heads(_stage: Any, _inputs: Any, features: Tensor) -> None:
+            hook.remove()  # nnU-Net's first copy is the one that is not mirrored
+            queries.append(self.network.queries(_efficient_batch(features[:1]))[:, 0].cpu())
+
         for tile in predictor._internal_get_sliding_window_slicers(size):
+            if self.wanted.raters:
+                hook = last_stage.register_forward_hook(ask_heads)
             x = padded[tile][None].to(predictor.device)
             total[tile] += predictor._internal_maybe_mirror_and_predict(x)[0].to(device) * weight
             weights[tile[1:]] += weight
@@ -198,7 +220,7 @@ class RaterPredictor:
             if channel.isinf().any():
                 raise RuntimeError("The network's features are too large for half precision.")
         there = (slice(None), *inner[1:])
-        return total[there].contiguous()
+        return total[there].contiguous(), queries
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _logits(self, centre: Tensor, inside: Tensor, code: Tensor) -> Tensor:
@@ -211,3 +233,12 @@ class RaterPredictor:
         """Add the share of one network, in place."""
         share = logits.div_(self._networks)
         return share if before is None else before.add_(share)
+
+
+def _efficient_batch(x: Tensor) -> Tensor:
+    """Return one volume on a CPU twice, shape (2, channels, *spatial); anything else as it is.
+
+    PyTorch gives single small volumes to a convolution that takes 5 to 12 times as long: two are
+    faster than one.
+    """
+    return x.expand(2, *x.shape[1:]) if x.device.type == "cpu" and x.dim() == 5 else x

@@ -20,6 +20,7 @@ from skimage import io
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnmosaic.trainers.multi_rater.export import CaseWriter, SpreadOfMasks
+from nnmosaic.trainers.multi_rater.network import codes_of_raters
 from nnmosaic.trainers.multi_rater.personalized import nnUNetTrainerMultiRaterPersonalized
 from nnmosaic.trainers.multi_rater.prediction import RaterPredictor
 from nnmosaic.trainers.multi_rater.wanted_masks import WantedMasks
@@ -72,6 +73,21 @@ def test_one_tile_is_the_direct_forward(predictor: Any) -> None:
             inside = (..., *(slice(n // 4, -(n // 4)) for n in image.shape[1:]))
             one = found[name].float()[inside]
             torch.testing.assert_close(one, direct[inside], rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mirroring", [False, True])
+def test_raters_are_asked_of_the_copy_that_is_not_mirrored(predictor: Any, mirroring: bool) -> None:
+    predictor.use_mirroring, predictor.allowed_mirroring_axes = mirroring, (0, 1, 2)
+    image = torch.randn(1, *predictor.configuration_manager.patch_size)
+    raters = RaterPredictor(predictor, WantedMasks(("large", "small")))
+    assert len(list(raters.logits(image, "case"))) == 2
+    network = predictor.network.eval()
+    with torch.no_grad():
+        prior = network.prior(image[None])
+        queries = network.queries(network.features(image[None])[0])
+        small, _, large = codes_of_raters(queries, prior.mean, prior.sigma)[:, 0]
+    (latents,) = raters.latents["networks"]
+    torch.testing.assert_close(torch.tensor(latents["raters"]), torch.stack([large, small]))
 
 
 def test_a_2d_model_has_one_opinion_for_all_slices(make_trainer: Callable[..., Any]) -> None:
