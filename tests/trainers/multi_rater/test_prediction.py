@@ -75,6 +75,24 @@ def test_one_tile_is_the_direct_forward(predictor: Any) -> None:
             torch.testing.assert_close(one, direct[inside], rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("configuration", "axes"), [("3d_fullres", (0, 2)), ("2d", (0, 1))])
+def test_without_doubt_a_mask_is_what_nnunet_averages_over_mirrored_copies(
+    make_trainer: Callable[..., Any], configuration: str, axes: tuple[int, ...]
+) -> None:
+    predictor = untrained(make_trainer, configuration)
+    predictor.use_mirroring, predictor.allowed_mirroring_axes = True, axes
+    with torch.no_grad():
+        predictor.network.prior.code.weight.zero_()
+        predictor.network.prior.code.bias.chunk(2)[1].fill_(-100)
+    image = torch.randn(1, 30, 34, 28)  # several tiles
+    nnunet = predictor.predict_sliding_window_return_logits(image).float()
+    (mask,) = all_masks(predictor, image, samples=1).values()
+    torch.testing.assert_close(mask.float(), nnunet, rtol=1e-2, atol=2e-2)
+    predictor.allowed_mirroring_axes = axes[:1]
+    other = predictor.predict_sliding_window_return_logits(image).float()
+    assert (other - nnunet).abs().max() > 0.1  # the copies differ
+
+
 @pytest.mark.parametrize("mirroring", [False, True])
 def test_raters_are_asked_of_the_copy_that_is_not_mirrored(predictor: Any, mirroring: bool) -> None:
     predictor.use_mirroring, predictor.allowed_mirroring_axes = mirroring, (0, 1, 2)
