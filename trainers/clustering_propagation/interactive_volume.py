@@ -18,7 +18,13 @@ from torch import Tensor
 from nnmosaic.trainers.clustering_propagation.memory import State
 from nnmosaic.trainers.clustering_propagation.nearby import ACROSS, FARTHEST, share_of_clicks, told
 from nnmosaic.trainers.clustering_propagation.network import SliceResult
-from nnmosaic.trainers.clustering_propagation.travel import blend, neighbour_of, steps_of, travel
+from nnmosaic.trainers.clustering_propagation.travel import (
+    blend,
+    carried_on,
+    neighbour_of,
+    steps_of,
+    travel,
+)
 from nnmosaic.trainers.clustering_propagation.volume_features import VolumeFeatures
 
 UNDO_LEVELS = 8
@@ -325,12 +331,13 @@ class InteractiveVolume:
             prompts = network.pool_prompts(here, weights)
             # The base is what was there before any mark: all marks are told again each time.
             centres = network.initial_centres(before, prompts, base=sweep.centres[anchor])
-            neighbour = neighbour_of(features, self._logits_before(sweep, anchor), self.distance_mm)
+            beside = self._logits_before(sweep, anchor)
+            neighbour = neighbour_of(features, beside, self.distance_mm)
             result: SliceResult = network.decode(here, centres, neighbour)
             shown = prompts.given[:, : network.layout.classes]
             gate = network.found_classes(result) | shown
             after = network.update_state(before, result, step, gate)
-        logits = features.merged(result.logits)
+        logits = carried_on(features.merged(result.logits), beside)
         sweep.put(anchor, before=before, centres=None, logits=logits)
         return after
 

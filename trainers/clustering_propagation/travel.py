@@ -10,6 +10,10 @@ from nnmosaic.trainers.clustering_propagation.memory import State
 from nnmosaic.trainers.clustering_propagation.network import SliceBefore, SliceResult
 from nnmosaic.trainers.clustering_propagation.volume_features import VolumeFeatures
 
+CARRIED = 1 / 3
+"""Share of the logits of the slice before in those of a slice. A number, because it cannot be
+learnt: a network knows its training cases too well to need what is beside a slice."""
+
 
 class Visited(NamedTuple):
     """A slice, and what travels on from it.
@@ -21,7 +25,7 @@ class Visited(NamedTuple):
     result : SliceResult
         Of all mirrored copies.
     logits : Tensor, shape (K, H, W)
-        Of the slice, as `VolumeFeatures.merged` returns them.
+        Of the slice, see `carried_on`.
     state : State
         The memory after it.
     """
@@ -57,8 +61,16 @@ def travel(
             neighbour = neighbour_of(features, before, distance_mm)
             result = network.decode(features[index], network.initial_centres(state), neighbour)
             state = network.update_state(state, result, steps_of(features, distance_mm))
-        before = features.merged(result.logits)
+        before = carried_on(features.merged(result.logits), before)
         yield Visited(index, result, before, state)
+
+
+def carried_on(logits: Tensor, before: Tensor | None) -> Tensor:
+    """Return the logits (K, H, W) of a slice with their share of those of the slice before.
+
+    A design of ours, in addition to clustering_propagation.md, 1.5 and 3.
+    """
+    return logits if before is None else blend(before, logits, CARRIED)
 
 
 def steps_of(features: VolumeFeatures, distance_mm: float) -> Tensor:
