@@ -13,7 +13,7 @@ from nnmosaic.trainers.clustering_propagation.interactive_volume import (
 from nnmosaic.trainers.clustering_propagation.marks import apply_prompts
 from nnmosaic.trainers.clustering_propagation.slice_prompts import SlicePrompt
 from nnmosaic.trainers.clustering_propagation.sweeps import Sweep
-from nnmosaic.trainers.clustering_propagation.travel import blend, travel
+from nnmosaic.trainers.clustering_propagation.travel import CARRIED, blend, travel
 from nnmosaic.trainers.clustering_propagation.volume_features import (
     MOST_BYTES,
     VolumeFeatures,
@@ -98,8 +98,9 @@ class PropagationPredictor(MosaicPredictor):
         before: Tensor | None = None
         for way in ways:
             for slice_ in travel(
-                features, way, state, distance_mm=self.slice_distance, before=before
-            ):
+                features, way, state, distance_mm=self.slice_distance, before=before,
+                carried=CARRIED if self.sweep == "both" else 0.0,
+            ):  # fmt: skip
                 if slice_.number == ways[0][0] and sweep != "none":
                     state, before = slice_.state, slice_.logits
                 yield slice_.number, slice_.logits
