@@ -333,7 +333,7 @@ def report(work: Path) -> str:
         "# Clustering propagation against plain nnU-Net\n\n"
         "Made by `python -m benchmarks.clustering_propagation`. Unseen subjects, CPU plans, no "
         "mirroring; sweeps of a row are predictions with the same weights. Intervals: bootstrap "
-        "over test subjects. How far clicks count, and how much of the slice before a slice keeps, "
+        "over test subjects. How far clicks count, and how much a slice counts for its neighbours, "
         "was chosen on test cases of CHAOS T2 and the hippocampus; on CHAOS T1 nothing was."
         f"\n\n{text}\n\nRuns: {' / '.join(sources)}\n"
     )

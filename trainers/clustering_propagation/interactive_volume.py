@@ -3,7 +3,8 @@
 The automatic result is a sweep up and a sweep down. A slice with marks is an anchor: it is decoded
 again in both sweeps, from the centres that it had, with the marks; what it finds travels on to the
 next anchor in each direction, and no further. Between two anchors the sweeps are weighted by their
-distance; the end of the volume counts as half an anchor, since nobody looked there. Marked pixels
+distance; the end of the volume counts as half an anchor, since nobody looked there. What is no
+anchor is averaged with the slices beside it, as without marks (see `smoothing`). Marked pixels
 get their class whatever is found, and clicks count for the pixels around them (see `nearby`).
 """
 
@@ -18,13 +19,8 @@ from torch import Tensor
 from nnmosaic.trainers.clustering_propagation.memory import State
 from nnmosaic.trainers.clustering_propagation.nearby import ACROSS, FARTHEST, share_of_clicks, told
 from nnmosaic.trainers.clustering_propagation.network import SliceResult
-from nnmosaic.trainers.clustering_propagation.travel import (
-    blend,
-    carried_on,
-    neighbour_of,
-    steps_of,
-    travel,
-)
+from nnmosaic.trainers.clustering_propagation.smoothing import smoothed
+from nnmosaic.trainers.clustering_propagation.travel import blend, neighbour_of, steps_of, travel
 from nnmosaic.trainers.clustering_propagation.volume_features import VolumeFeatures
 
 UNDO_LEVELS = 8
@@ -157,9 +153,16 @@ class InteractiveVolume:
         return torch.stack([self._slice_logits(index) for index in wanted], 1)
 
     def _slice_logits(self, index: int) -> Tensor:
-        up, down = (sweep.logits[:, index] for sweep in self._sweeps)
-        logits = blend(up, down, self._weight_of_up(index))
+        logits = self._merged(index)
+        if index not in self.marks:  # an anchor stands for itself, and keeps the sides apart
+            beside = [n for n in (index - 1, index + 1) if 0 <= n < len(self.features)]
+            logits = smoothed(logits, [self._merged(n) for n in beside])
         return self._told(logits, index) if self.honour_marks else logits
+
+    def _merged(self, index: int) -> Tensor:
+        """Return the logits (K, H, W) of a slice from both sweeps."""
+        up, down = (sweep.logits[:, index] for sweep in self._sweeps)
+        return blend(up, down, self._weight_of_up(index))
 
     def _anchors_around(self, index: int) -> tuple[int | None, int | None]:
         """Return the last anchor up to a slice, and the first one from it on."""
@@ -331,13 +334,12 @@ class InteractiveVolume:
             prompts = network.pool_prompts(here, weights)
             # The base is what was there before any mark: all marks are told again each time.
             centres = network.initial_centres(before, prompts, base=sweep.centres[anchor])
-            beside = self._logits_before(sweep, anchor)
-            neighbour = neighbour_of(features, beside, self.distance_mm)
+            neighbour = neighbour_of(features, self._logits_before(sweep, anchor), self.distance_mm)
             result: SliceResult = network.decode(here, centres, neighbour)
             shown = prompts.given[:, : network.layout.classes]
             gate = network.found_classes(result) | shown
             after = network.update_state(before, result, step, gate)
-        logits = carried_on(features.merged(result.logits), beside)
+        logits = features.merged(result.logits)
         sweep.put(anchor, before=before, centres=None, logits=logits)
         return after
 

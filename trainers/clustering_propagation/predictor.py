@@ -12,8 +12,9 @@ from nnmosaic.trainers.clustering_propagation.interactive_volume import (
 )
 from nnmosaic.trainers.clustering_propagation.marks import apply_prompts
 from nnmosaic.trainers.clustering_propagation.slice_prompts import SlicePrompt
+from nnmosaic.trainers.clustering_propagation.smoothing import smooth_
 from nnmosaic.trainers.clustering_propagation.sweeps import Sweep
-from nnmosaic.trainers.clustering_propagation.travel import CARRIED, blend, travel
+from nnmosaic.trainers.clustering_propagation.travel import blend, travel
 from nnmosaic.trainers.clustering_propagation.volume_features import (
     MOST_BYTES,
     VolumeFeatures,
@@ -89,6 +90,8 @@ class PropagationPredictor(MosaicPredictor):
                 found[:, index] = blend(found[:, index], logits, 0.5) if again else logits
         if found is None:
             raise ValueError(f"input_image must have slices, got shape {tuple(input_image.shape)}")
+        if self.sweep != "none":
+            smooth_(found)
         return found
 
     def _swept(self, features: VolumeFeatures, sweep: str) -> Iterator[tuple[int, Tensor]]:
@@ -98,9 +101,8 @@ class PropagationPredictor(MosaicPredictor):
         before: Tensor | None = None
         for way in ways:
             for slice_ in travel(
-                features, way, state, distance_mm=self.slice_distance, before=before,
-                carried=CARRIED if self.sweep == "both" else 0.0,
-            ):  # fmt: skip
+                features, way, state, distance_mm=self.slice_distance, before=before
+            ):
                 if slice_.number == ways[0][0] and sweep != "none":
                     state, before = slice_.state, slice_.logits
                 yield slice_.number, slice_.logits

@@ -10,11 +10,6 @@ from nnmosaic.trainers.clustering_propagation.memory import State
 from nnmosaic.trainers.clustering_propagation.network import SliceBefore, SliceResult
 from nnmosaic.trainers.clustering_propagation.volume_features import VolumeFeatures
 
-CARRIED = 1 / 3
-"""Share of the logits of the slice before in those of a slice, where both directions are averaged:
-one alone would lag behind. A number, because it cannot be learnt: a network knows its training
-cases too well to need what is beside a slice."""
-
 
 class Visited(NamedTuple):
     """A slice, and what travels on from it.
@@ -26,7 +21,7 @@ class Visited(NamedTuple):
     result : SliceResult
         Of all mirrored copies.
     logits : Tensor, shape (K, H, W)
-        Of the slice, see `carried_on`.
+        Of the slice, as `VolumeFeatures.merged` returns them.
     state : State
         The memory after it.
     """
@@ -44,7 +39,6 @@ def travel(
     *,
     distance_mm: float,
     before: Tensor | None = None,
-    carried: float = CARRIED,
 ) -> Iterator[Visited]:
     """Yield slices, one after another.
 
@@ -56,8 +50,6 @@ def travel(
         Between neighbouring slices, and from the last slice of ``state`` to the first one.
     before : Tensor, optional, shape (K, H, W)
         Logits of the slice before the first of them.
-    carried : float
-        See `CARRIED`.
     """
     network = features.network
     for index in slices:
@@ -65,16 +57,8 @@ def travel(
             neighbour = neighbour_of(features, before, distance_mm)
             result = network.decode(features[index], network.initial_centres(state), neighbour)
             state = network.update_state(state, result, steps_of(features, distance_mm))
-        before = carried_on(features.merged(result.logits), before, carried)
+        before = features.merged(result.logits)
         yield Visited(index, result, before, state)
-
-
-def carried_on(logits: Tensor, before: Tensor | None, share: float = CARRIED) -> Tensor:
-    """Return the logits (K, H, W) of a slice with a share of those of the slice before.
-
-    A design of ours, in addition to clustering_propagation.md, 1.5 and 3.
-    """
-    return blend(before, logits, share) if before is not None and share else logits
 
 
 def steps_of(features: VolumeFeatures, distance_mm: float) -> Tensor:

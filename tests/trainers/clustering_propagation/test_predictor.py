@@ -60,35 +60,34 @@ def test_without_a_sweep_each_slice_is_by_itself(
     torch.testing.assert_close(predict(predictor, image[:, order], "none"), found[:, order], **HALF)
 
 
-def loop_over_slices(
-    network: ClusteringPropagationNet, image: Tensor, *, carried: float
-) -> list[Tensor]:
-    """Return the logits of each slice in a sweep up."""
+def averaged_with_neighbours(slices: Tensor) -> Tensor:
+    """Return slices (K, Z, H, W) of which each counts for 1, and those beside it for a third."""
+    number = slices.shape[1]
+    weights = torch.eye(number)
+    for i in range(number - 1):
+        weights[i, i + 1] = weights[i + 1, i] = 1 / 3
+    weights = weights / weights.sum(1, keepdim=True)
+    return torch.einsum("yz,kzhw->kyhw", weights, slices)
+
+
+@torch.no_grad()
+def test_a_sweep_up_is_the_loop_over_slices(predictor: PropagationPredictor, image: Tensor) -> None:
+    network = predictor.network
     padded = functional.pad(image, (1, 1, 0, 1))
     state, before, found = network.initial_state(1), None, []
     for z in range(image.shape[1]):
         centres = network.initial_centres(state)
         result = network.decode(network.encode(padded[None, :, z]), centres, before)
-        logits = result.logits[..., :15, 1:-1]
-        if found:
-            logits = (1 - carried) * logits + carried * found[-1]
-        found.append(logits)
-        before = SliceBefore(functional.pad(logits, (1, 1, 0, 1)), torch.tensor([3.0]))
+        found.append(result.logits[..., :15, 1:-1])
+        before = SliceBefore(functional.pad(found[-1], (1, 1, 0, 1)), torch.tensor([3.0]))
         state = network.update_state(state, result, torch.tensor([3.0]))
-    return found
-
-
-@torch.no_grad()
-def test_a_sweep_is_the_loop_over_slices(predictor: PropagationPredictor, image: Tensor) -> None:
-    network = predictor.network
-    up = torch.cat(loop_over_slices(network, image, carried=0)).transpose(0, 1)
+    up = averaged_with_neighbours(torch.cat(found).transpose(0, 1))
     torch.testing.assert_close(predict(predictor, image, "up"), up, **HALF)
-    assert (up - predict(predictor, image, "none")).abs().max() > 0.05
-    up, down = (
-        torch.cat(loop_over_slices(network, some, carried=1 / 3)).transpose(0, 1)
-        for some in (image, image.flip(1))
+    none = averaged_with_neighbours(predict(predictor, image, "none"))
+    assert (up - none).abs().max() > 0.05
+    torch.testing.assert_close(
+        predict(predictor, image[:, :1], "up"), predict(predictor, image[:, :1], "none")
     )
-    torch.testing.assert_close(predict(predictor, image), (up + down.flip(1)) / 2, **HALF)
 
 
 def test_a_flipped_volume_gives_flipped_results(
@@ -96,7 +95,8 @@ def test_a_flipped_volume_gives_flipped_results(
 ) -> None:
     both = predict(predictor, image)
     torch.testing.assert_close(predict(predictor, image.flip(1)).flip(1), both, **HALF)
-    up = predict(predictor, image, "up")
+    up, down = (predict(predictor, image, sweep) for sweep in ("up", "down"))
+    torch.testing.assert_close(both, (up + down) / 2, **HALF)
     torch.testing.assert_close(predict(predictor, image.flip(1), "down").flip(1), up, **HALF)
     predictor.use_mirroring = True
     image = functional.pad(image, (0, 2, 0, 1))  # as large as the patch, or padding is lopsided
@@ -112,8 +112,12 @@ def test_from_the_fullest_slice_to_both_ends(
 ) -> None:
     monkeypatch.setattr(predictor, "_fullest", lambda features: 8)
     out = predict(predictor, image, "centre_out")
-    torch.testing.assert_close(out[:, 8:], predict(predictor, image[:, 8:], "up"), **HALF)
-    torch.testing.assert_close(out[:, :9], predict(predictor, image[:, :9], "down"), **HALF)
+    up, down = (
+        predict(predictor, *part) for part in ((image[:, 8:], "up"), (image[:, :9], "down"))
+    )
+    # At the fullest slice itself, neighbours of both sides are averaged.
+    torch.testing.assert_close(out[:, 9:], up[:, 1:], **HALF)
+    torch.testing.assert_close(out[:, :8], down[:, :-1], **HALF)
 
 
 def test_the_fullest_slice_shows_most(predictor: PropagationPredictor, image: Tensor) -> None:
