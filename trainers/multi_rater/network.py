@@ -201,6 +201,8 @@ class MultiRaterNet(nn.Module):
         self.heads = nn.ModuleList(
             RaterHead(conv_op, features[-1], latent, strides) for _ in range(raters)
         )
+        self.shared_only = False
+        """Whether `forward` stops where the code comes in: at `Combiner.shared`."""
 
     def take_output_layers(self, weights: Mapping[str, Tensor]) -> None:
         """Begin with the output layers of a plain nnU-Net or of a network like this.
@@ -280,6 +282,8 @@ class MultiRaterNet(nn.Module):
             own = codes_of_raters(self.queries(features[0]), prior.mean, prior.sigma)
             return self.decoder.seg_layers[-1](features[0], own, prior.mean)
         features = self.features(x)
+        if self.shared_only:
+            return self.decoder.seg_layers[-1].shared(features[0])
         if annotated is not None and noise is not None:
             prior, posterior = self.prior(x), self.posterior(annotated)
             return Diversified(

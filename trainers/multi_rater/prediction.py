@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -164,20 +163,28 @@ class RaterPredictor:
         so that each further code costs four products at every voxel of the case, and not of every
         tile.
         """
-        cuda = self.predictor.device.type == "cuda"
-        with torch.autocast("cuda") if cuda else nullcontext():
-            if not (cuda and self.predictor.perform_everything_on_device):
+        predictor = self.predictor
+        network = predictor.network
+        predictor.network, self.network.shared_only = self.network, True
+        cuda = predictor.device.type == "cuda"
+        try:
+            with torch.autocast("cuda") if cuda else nullcontext():
+                if not (cuda and predictor.perform_everything_on_device):
+                    return self._averaged(data, torch.device("cpu"))
+                try:
+                    return self._averaged(data, predictor.device)
+                except torch.cuda.OutOfMemoryError:
+                    torch.cuda.empty_cache()
                 return self._averaged(data, torch.device("cpu"))
-            try:
-                return self._averaged(data, self.predictor.device)
-            except torch.cuda.OutOfMemoryError:
-                torch.cuda.empty_cache()
-            return self._averaged(data, torch.device("cpu"))
+        finally:
+            self.network.shared_only = False
+            predictor.network = network
 
     def _averaged(self, data: Tensor, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         """Return what the network says, half precision, averaged over tiles as nnU-Net does.
 
-        With it, if raters are wanted, the queries of each tile, shape (R, latent).
+        With it, if raters are wanted, the queries of each tile, shape (R, latent), from the copy
+        that is not mirrored.
 
         nnU-Net's own loop looks for infinity in all channels at once, which takes three times the
         memory of its result: of the many channels here, most of what a prediction would take.
@@ -195,11 +202,18 @@ class RaterPredictor:
             weight = compute_gaussian(
                 tuple(patch_size), sigma_scale=1 / 8, value_scaling_factor=10, device=device
             )
+        last_stage = self.network.decoder.stages[-1]
         queries: list[Tensor] = []
+
+        def ask_heads(_stage: Any, _inputs: Any, features: Tensor) -> None:
+            hook.remove()  # nnU-Net's first copy is the one that is not mirrored
+            queries.append(self.network.queries(_efficient_batch(features[:1]))[:, 0].cpu())
+
         for tile in predictor._internal_get_sliding_window_slicers(size):
-            shared, asked = self._of_tile(padded[tile].to(predictor.device))
-            queries += asked
-            total[tile] += shared.to(device) * weight
+            if self.wanted.raters:
+                hook = last_stage.register_forward_hook(ask_heads)
+            x = padded[tile][None].to(predictor.device)
+            total[tile] += predictor._internal_maybe_mirror_and_predict(x)[0].to(device) * weight
             weights[tile[1:]] += weight
         for channel in total:
             channel /= weights
@@ -207,24 +221,6 @@ class RaterPredictor:
                 raise RuntimeError("The network's features are too large for half precision.")
         there = (slice(None), *inner[1:])
         return total[there].contiguous(), queries
-
-    def _of_tile(self, tile: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the average of `Combiner.shared` over the mirrored copies of a tile, and queries.
-
-        Queries, (R, latent) if raters are wanted, are those of the copy that is not mirrored.
-        """
-        predictor, layer = self.predictor, self.network.decoder.seg_layers[-1]
-        axes = [1 + axis for axis in predictor.allowed_mirroring_axes or ()]
-        mirrored = len(axes) if predictor.use_mirroring else 0
-        copies = [some for n in range(mirrored + 1) for some in combinations(axes, n)]
-        queries: list[Tensor] = []
-        total: Any = 0
-        for turned in copies:
-            features = self.network.features(tile.flip(turned)[None])[0]
-            if self.wanted.raters and not turned:
-                queries.append(self.network.queries(_efficient_batch(features))[:, 0].cpu())
-            total += layer.shared(features)[0].flip(turned)
-        return total / len(copies), queries
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _logits(self, centre: Tensor, inside: Tensor, code: Tensor) -> Tensor:

@@ -156,7 +156,9 @@ def test_a_case_is_finished_code_by_code(
     code, mean = torch.randn(2, LATENT)
     layer = network.decoder.seg_layers[-1]
     with torch.no_grad():
-        shared = layer.shared(network.features(image)[0])
+        network.shared_only = True
+        shared = network(image)
+        network.shared_only = False
         both = (one.expand(2, -1) for one in (code, mean))
         expected = network.logits(network.features(image), *both)[0]
         for one, logits in zip(shared, expected, strict=True):
