@@ -9,8 +9,9 @@ get their class whatever is found, and clicks count for the pixels around them (
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -150,13 +151,14 @@ class InteractiveVolume:
     def logits(self, slices: Iterable[int] | None = None) -> Tensor:
         """Return logits (K, slices, H, W), half precision; default: of all slices."""
         wanted = range(len(self.features)) if slices is None else slices
-        return torch.stack([self._slice_logits(index) for index in wanted], 1)
+        merged = lru_cache(3)(self._merged)  # neighbours share it
+        return torch.stack([self._slice_logits(index, merged) for index in wanted], 1)
 
-    def _slice_logits(self, index: int) -> Tensor:
-        logits = self._merged(index)
+    def _slice_logits(self, index: int, merged: Callable[[int], Tensor]) -> Tensor:
+        logits = merged(index)
         if index not in self.marks:  # an anchor stands for itself, and keeps the sides apart
             beside = [n for n in (index - 1, index + 1) if 0 <= n < len(self.features)]
-            logits = smoothed(logits, [self._merged(n) for n in beside])
+            logits = smoothed(logits, [merged(n) for n in beside])
         return self._told(logits, index) if self.honour_marks else logits
 
     def _merged(self, index: int) -> Tensor:
