@@ -120,13 +120,17 @@ def main() -> None:
     for name, features in FEATURES.items():
         took = found[name] = clicks(features)
         seconds.append([name, *(f"{took[kind]:.2f}" for kind in took)])
-    gigabytes = []
-    for slices in SLICES:
+    gigabytes: dict[int, list[float]] = {slices: [] for slices in SLICES}
+    for slices in SLICES * REPEATS:  # alternating
         command = [sys.executable, "-m", "benchmarks.propagation_cost", "--memory", str(slices)]
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        gigabytes.append(json.loads(run.stdout.splitlines()[-1]))
-    memory = [*(f"{value:.2f}" for value in gigabytes), f"{gigabytes[1] / gigabytes[0]:.2f}"]
-    found["gigabytes"] = dict(zip(SLICES, gigabytes, strict=True))
+        gigabytes[slices].append(json.loads(run.stdout.splitlines()[-1]))
+    short, long = (median(gigabytes[slices]) for slices in SLICES)
+    memory = [
+        *(f"{median(of):.3f} ({min(of):.3f} to {max(of):.3f})" for of in gigabytes.values()),
+        f"{long / short:.3f}",
+    ]
+    found["gigabytes"] = gigabytes
     source = provenance()
     size = " x ".join(map(str, (*SHAPE[1:], SHAPE[0])))
     text = (
@@ -136,6 +140,8 @@ def main() -> None:
         "one may change all slices, the other one lies between anchors on slices 4 and 28.\n\n"
         + table(["network", "automatic", "first click", "click between anchors"], seconds)
         + "\n\n## Memory of a prediction beside image and logits, GB, CPU plan\n\n"
+        f"Medians of {REPEATS} processes each, with the smallest and the largest: allocators scatter."
+        "\n\n"
         + table([*(f"{n} slices" for n in SLICES), "ratio"], [memory])
         + f"\n\n{footer(source)}\n"
     )
