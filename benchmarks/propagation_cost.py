@@ -140,8 +140,7 @@ def main() -> None:
         "one may change all slices, the other one lies between anchors on slices 4 and 28.\n\n"
         + table(["network", "automatic", "first click", "click between anchors"], seconds)
         + "\n\n## Memory of a prediction beside image and logits, GB, CPU plan\n\n"
-        f"Medians of {REPEATS} processes each, with the smallest and the largest: allocators scatter."
-        "\n\n"
+        f"Medians of {REPEATS} processes each, with the smallest and the largest.\n\n"
         + table([*(f"{n} slices" for n in SLICES), "ratio"], [memory])
         + f"\n\n{footer(source)}\n"
     )
