@@ -7,8 +7,9 @@ data, CPU plans, no mirroring.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -280,17 +281,17 @@ def automatic_table(name: str, subjects: Mapping[str, str]) -> str:
     return table(header, rows)
 
 
-def interactive_table(name: str) -> str:
-    """Return Dice after rounds of one click per class."""
+def interactive_table(names: Sequence[str], among: Iterable[str] = ROWS) -> str:
+    """Return Dice after rounds of one click per class, over the cases of all settings named."""
     from nnmosaic.trainers.clustering_propagation.interactive_metrics import (
         InteractionCurve,
         interactive_report,
     )
 
     rows = []
-    for row in ROWS:
+    for row in among:
         curves = []
-        for run in runs_of(name, row):
+        for run in chain.from_iterable(runs_of(name, row) for name in names):
             for case in run.get("curves", ()):
                 means = tuple(float(np.mean(list(d.values()))) for d in case["dice"])
                 seconds = tuple(case["seconds_per_click"])
@@ -321,8 +322,12 @@ def report(work: Path) -> str:
             subjects = read_json(path).get("subjects", {})
             parts.append(
                 f"## {setting.title}\n\n{automatic_table(name, subjects)}\n\nRounds of one click "
-                f"per class, by an oracle:\n\n{interactive_table(name)}"
+                f"per class, by an oracle:\n\n{interactive_table([name])}"
             )
+    parts.append(
+        "## All cases of the three, from clicks\n\n"
+        + interactive_table(tuple(SETTINGS), among=(OURS_ROW,))
+    )
     sources = {}
     for path in sorted(FOLDER.glob("*.json")):
         run = read_json(path)
